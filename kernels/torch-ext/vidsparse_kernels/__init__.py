@@ -1,0 +1,1 @@
+"""Triton kernels of vidsparse, each beside its plain torch reference."""

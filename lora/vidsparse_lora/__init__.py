@@ -1,0 +1,1 @@
+"""LoRA fine-tuning with sparse attention: length extension and distillation."""

@@ -1,0 +1,1 @@
+"""Load a diffusers pipeline, attach a sparse method, generate, write the video."""
