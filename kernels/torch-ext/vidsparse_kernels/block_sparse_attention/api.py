@@ -1,0 +1,218 @@
+"""The public function: checks the arguments once and names the backend that runs."""
+
+from __future__ import annotations
+
+import math
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from ..block_mask import BlockMask
+from ..errors import UnsupportedBackendError
+
+BACKENDS = ("reference", "sdpa", "triton")
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    *,
+    scale: float | None = None,
+    key_bias: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention over the blocks that `block_mask` lists, exact on those blocks.
+
+    Args:
+        query: `[batch, seq_len_q, num_heads, head_dim]`, any strides.
+        key, value: `[batch, seq_len_kv, num_kv_heads, head_dim]`, same dtype and device; num_heads is a multiple of
+            num_kv_heads (query head h reads kv head h // (num_heads // num_kv_heads)).
+        block_mask: lists for these lengths; batch and heads equal to those of `query`, or 1.
+        scale: factor on query . key, default 1 / sqrt(head_dim); positive.
+        key_bias: fp32 `[B|1, H|1, seq_len_kv]` added to the scaled logits, natural-log units; not differentiated.
+        return_lse: also return the logsumexp of the logits.
+        backend: "auto" or one of `available_backends()`. "auto" takes what `select_backend` says.
+
+    Returns:
+        Output with the shape and dtype of `query`; with `return_lse` also the natural-log LSE
+        `[batch, num_heads, seq_len_q]` in fp32 (fp64 for fp64 inputs). Rows without any block give 0 and -inf.
+        With the reference backend both are differentiable in query, key and value.
+
+    Raises:
+        ValueError: a shape, dtype, device or value does not fit; the message names it.
+        UnsupportedBackendError: the backend asked for cannot do this case.
+
+    Example:
+        >>> mask = BlockMask.full(100, 100, q_block_size=64, kv_block_size=64)
+        >>> q = k = v = torch.randn(1, 100, 2, 32)
+        >>> block_sparse_attention(q, k, v, mask).shape
+        torch.Size([1, 100, 2, 32])
+    """
+    if not torch.compiler.is_compiling():
+        _check_arguments(query, key, value, block_mask, scale, key_bias, backend)
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[-1])
+    requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    case = _Case(query, block_mask, key_bias is not None, return_lse, requires_grad)
+    if backend == "auto":
+        backend, _ = _select(case)
+    else:
+        obstacle = _obstacle(backend, case)
+        if obstacle:
+            raise UnsupportedBackendError(
+                f'backend "{backend}" {obstacle}; use backend="{_select(case)[0]}" or "auto" for this case.'
+            )
+    if backend == "triton":
+        from .forward import triton_forward
+
+        out, lse = triton_forward(query, key, value, block_mask, scale=scale, key_bias=key_bias, return_lse=return_lse)
+    elif backend == "sdpa":
+        from .sdpa import grouped_sdpa
+
+        return grouped_sdpa(query, key, value, block_mask, scale=scale)
+    else:
+        from .reference import reference
+
+        out, lse = reference(query, key, value, block_mask, scale=scale, key_bias=key_bias)
+    if return_lse:
+        assert lse is not None
+        return out, lse
+    return out
+
+
+def select_backend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    *,
+    key_bias: Tensor | None = None,
+    return_lse: bool = False,
+    requires_grad: bool | None = None,
+) -> tuple[str, str]:
+    """Which backend "auto" takes for these arguments, and why, in words for a report.
+
+    Args:
+        query, key, value, block_mask, key_bias, return_lse: as for `block_sparse_attention`.
+        requires_grad: whether gradients will be asked for; default: what autograd would record now.
+
+    Returns:
+        `(name, reason)`.
+    """
+    if requires_grad is None:
+        requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    return _select(_Case(query, block_mask, key_bias is not None, return_lse, requires_grad))
+
+
+def available_backends() -> tuple[str, ...]:
+    """Backends that can be asked for by name on this installation."""
+    return tuple(name for name in BACKENDS if name != "triton" or find_spec("triton") is not None)
+
+
+class _Case:
+    """What the choice of a backend depends on."""
+
+    def __init__(
+        self, query: Tensor, block_mask: BlockMask, has_bias: bool, return_lse: bool, requires_grad: bool
+    ) -> None:
+        self.query, self.block_mask = query, block_mask
+        self.has_bias, self.return_lse, self.requires_grad = has_bias, return_lse, requires_grad
+
+
+def _select(case: _Case) -> tuple[str, str]:
+    if case.requires_grad:
+        return "reference", "gradients are needed; the other backends have no backward yet"
+    obstacle_triton = _obstacle("triton", case)
+    if obstacle_triton is None:
+        return "triton", f"inference on {case.query.device.type}"
+    obstacle_sdpa = _obstacle("sdpa", case)
+    where = case.query.device.type
+    not_triton = "" if where == "cpu" else f'; "triton" {obstacle_triton}'
+    if obstacle_sdpa is None:
+        return "sdpa", f"inference on {where}{not_triton}"
+    return "reference", f'"sdpa" {obstacle_sdpa}{not_triton}'
+
+
+def _obstacle(backend: str, case: _Case) -> str | None:
+    """Why a backend cannot do a case, as the end of a sentence that starts with its name; None if it can."""
+    if backend == "reference":
+        return None
+    if case.requires_grad:
+        return "has no backward yet"
+    if backend == "sdpa":
+        if case.has_bias:
+            return "does not take key_bias"
+        if case.return_lse:
+            return "does not return the LSE"
+        return None
+    if find_spec("triton") is None:
+        return "needs the package triton (pip install triton)"
+    from .forward import unsupported
+
+    return unsupported(case.query, case.block_mask)
+
+
+def _check_arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    scale: float | None,
+    key_bias: Tensor | None,
+    backend: str,
+) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.ndim != 4:
+            raise ValueError(
+                f"`{name}` must be [batch, seq_len, num_heads, head_dim], got shape {tuple(tensor.shape)}."
+            )
+        if not tensor.dtype.is_floating_point:
+            raise ValueError(f"`{name}` must have a floating point dtype, got {tensor.dtype}.")
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ValueError(
+                f"`{name}` must have the dtype and device of `query` ({query.dtype}, {query.device}), "
+                f"got {tensor.dtype}, {tensor.device}."
+            )
+    batch, seq_len_q, num_heads, head_dim = query.shape
+    _, seq_len_kv, num_kv_heads, _ = key.shape
+    if key.shape[0] != batch or key.shape[3] != head_dim:
+        raise ValueError(
+            f"`key` must have the batch and head_dim of `query` ({batch}, {head_dim}), got {tuple(key.shape)}."
+        )
+    if value.shape != key.shape:
+        raise ValueError(f"`value` must have the shape of `key` {tuple(key.shape)}, got {tuple(value.shape)}.")
+    if num_kv_heads == 0 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_heads of `query` must be a multiple of that of `key`, got {num_heads} and {num_kv_heads}."
+        )
+    for name, length in (("seq_len_q", seq_len_q), ("seq_len_kv", seq_len_kv)):
+        if getattr(block_mask, name) != length:
+            raise ValueError(f"`block_mask` was built for {name} {getattr(block_mask, name)}, got {length} tokens.")
+    if block_mask.batch_size not in (1, batch) or block_mask.num_heads not in (1, num_heads):
+        raise ValueError(
+            f"`block_mask` must have batch 1 or {batch} and heads 1 or {num_heads}, got {block_mask.batch_size} "
+            f"and {block_mask.num_heads}."
+        )
+    if block_mask.device != query.device:
+        raise ValueError(
+            f"`block_mask` must be on the device of `query` ({query.device}), got {block_mask.device}; use .to()."
+        )
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"`scale` must be positive and finite, got {scale}.")
+    if key_bias is not None:
+        if key_bias.ndim != 3 or key_bias.shape[2] != seq_len_kv:
+            raise ValueError(f"`key_bias` must be [B|1, H|1, {seq_len_kv}], got {tuple(key_bias.shape)}.")
+        if key_bias.shape[0] not in (1, batch) or key_bias.shape[1] not in (1, num_heads):
+            raise ValueError(
+                f"`key_bias` must have batch 1 or {batch} and heads 1 or {num_heads}, got {tuple(key_bias.shape)}."
+            )
+        if key_bias.dtype not in (torch.float32, torch.float64) or key_bias.device != query.device:
+            raise ValueError(f"`key_bias` must be fp32 on {query.device}, got {key_bias.dtype} on {key_bias.device}.")
+        if key_bias.requires_grad and torch.is_grad_enabled():
+            raise ValueError("`key_bias` must not require grad: no backend differentiates it; pass .detach().")
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f'`backend` must be "auto" or one of {", ".join(BACKENDS)}, got "{backend}".')
