@@ -1,0 +1,394 @@
+"""Generate videos: load once, then encode, denoise, decode and write each prompt."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import vidsparse
+from vidsparse.errors import ConfigError, OutOfMemory, OutputError
+
+from .decode import can_stream, stream_frames, to_uint8
+from .load import LoadedPipeline, is_out_of_memory, load_pipeline
+from .lora import check_lora_files
+from .model_info import ModelInfo, inspect_model
+from .outputs import name_output
+from .progress import Observer, StepClock
+from .prompts import unknown_words
+from .runfile import FORMAT, FORMAT_VERSION, versions, write_json
+from .settings import GenerateSettings
+from .video import VideoWriter, check_output
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished generation.
+
+    Args:
+        path: the video, image or folder of frames.
+        json_path: the JSON beside it.
+        settings: what was used, with nothing left to be chosen: seed, sizes, dtype and so on.
+        document: the content of the JSON.
+        report: the sparse attention report, None for a dense run.
+        timings: seconds per stage.
+        notes: what the user was told.
+    """
+
+    path: Path
+    json_path: Path
+    settings: GenerateSettings
+    document: dict[str, Any]
+    report: Any
+    timings: dict[str, float]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _Run:
+    """State of one generation in progress."""
+
+    settings: GenerateSettings
+    path: Path
+    notes: list[str] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+class _Stages:
+    """Announces stages to the observer and adds up their seconds."""
+
+    def __init__(self, observer: Observer, timings: dict[str, float]) -> None:
+        self.observer, self.timings = observer, timings
+        self.current = ""
+        self._since = time.perf_counter()
+
+    def enter(self, name: str, total: int | None = None) -> None:
+        self.leave()
+        self.current = name
+        self.observer.stage(name, total)
+        self._since = time.perf_counter()
+
+    def leave(self) -> None:
+        if self.current:
+            self.timings[self.current] = self.timings.get(self.current, 0.0) + time.perf_counter() - self._since
+        self.current = ""
+
+
+def resolve_settings(settings: GenerateSettings, info: ModelInfo) -> tuple[GenerateSettings, list[str]]:
+    """Fill in the preset's defaults, snap the frame count, check sizes, draw the seed.
+
+    Returns:
+        The complete settings and notes for the user.
+
+    Raises:
+        ConfigError: the size or length does not fit the model; an image is missing or not taken.
+    """
+    preset, notes = info.preset, []
+    changes: dict[str, Any] = {}
+    for name in ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "fps", "flow_shift"):
+        if getattr(settings, name) is None:
+            changes[name] = getattr(preset, name)
+    if settings.negative_prompt is None:
+        changes["negative_prompt"] = preset.negative_prompt
+    full = settings.with_(**changes)
+    assert full.num_frames is not None and full.height is not None and full.width is not None
+    info.check_size(full.height, full.width)
+    snapped = info.snap_frames(full.num_frames)
+    if snapped != full.num_frames:
+        notes.append(f"{full.num_frames} frames became {snapped}: {info.frame_reason()}.")
+    info.check_length(snapped, full.height, full.width)
+    if info.takes_image and full.image is None:
+        raise ConfigError(f"The model {info.name!r} makes videos from an image; give one with --image.")
+    if not info.takes_image and full.image is not None:
+        raise ConfigError(f"The model {info.name!r} takes no image; leave --image out or use an image-to-video model.")
+    seed = full.seed
+    if seed is None:
+        seed = random.SystemRandom().randrange(2**31)
+    return full.with_(num_frames=snapped, seed=seed), notes
+
+
+def generate(
+    settings: GenerateSettings,
+    output: str | Path | None = None,
+    *,
+    observer: Observer | None = None,
+    loaded: LoadedPipeline | None = None,
+) -> Result:
+    """Generate one video.
+
+    Args:
+        settings: what to generate.
+        output: file, or folder for an automatic name; None for the current folder.
+        observer: receives progress.
+        loaded: a pipeline to reuse; it must have been loaded for the same model.
+
+    Raises:
+        VidsparseError: one of its subclasses, one sentence, with nothing written.
+
+    Example:
+        >>> generate(GenerateSettings(prompt="a red circle moves right", seed=1), "clip.mp4").path
+    """
+    return next(generate_many([settings], output, observer=observer, loaded=loaded))
+
+
+def generate_many(
+    batch: Sequence[GenerateSettings],
+    output: str | Path | None = None,
+    *,
+    observer: Observer | None = None,
+    loaded: LoadedPipeline | None = None,
+) -> Iterator[Result]:
+    """Generate several videos that share model and method, loading once. Yields each as soon as it is written.
+
+    All settings and outputs are checked before the weights are loaded.
+    """
+    observer = observer or Observer()
+    if not batch:
+        return
+    info = loaded.info if loaded is not None else inspect_model(batch[0].model)
+    runs = _prepare(batch, info, str(output) if output is not None else None)
+    first = runs[0].settings
+    check_lora_files(first.loras)
+    load_timings: dict[str, float] = {}
+    stages = _Stages(observer, load_timings)
+    stages.enter("load")
+    with _explain_memory(stages, first, info):
+        if loaded is None:
+            loaded = load_pipeline(
+                info,
+                dtype=first.dtype,
+                device=first.device,
+                offload=first.offload,
+                vae_tiling=first.vae_tiling,
+                compile=first.compile,
+                loras=first.loras,
+                flow_shift=first.flow_shift,
+            )
+        handle = _attach(loaded.pipe, first)
+    stages.leave()
+    loaded.pipe.set_progress_bar_config(disable=True)
+    try:
+        for run in runs:
+            run.timings.update(load_timings)
+            load_timings = {"load": 0.0}
+            yield _run_one(run, loaded, handle, observer)
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def _prepare(batch: Sequence[GenerateSettings], info: ModelInfo, output: str | None) -> list[_Run]:
+    runs: list[_Run] = []
+    for index, settings in enumerate(batch):
+        full, notes = resolve_settings(settings, info)
+        assert full.seed is not None and full.num_frames is not None
+        path = name_output(output, full.prompt, full.seed, full.num_frames, index if len(batch) > 1 else None)
+        check_output(path, full.num_frames)
+        runs.append(_Run(full, path, notes))
+    return runs
+
+
+def _attach(pipe: Any, settings: GenerateSettings) -> Any:
+    """Attach the sparse method; None for dense."""
+    if settings.sparse == DENSE:
+        if settings.method_options:
+            raise ConfigError(
+                f"Dense attention takes no option {next(iter(settings.method_options))!r}; leave it out."
+            )
+        return None
+    return vidsparse.apply(pipe, settings.sparse, strict=settings.strict, **settings.method_options)
+
+
+def _run_one(run: _Run, loaded: LoadedPipeline, handle: Any, observer: Observer) -> Result:
+    settings, stages = run.settings, _Stages(observer, run.timings)
+    unknown = unknown_words(loaded.pipe.tokenizer, settings.prompt)
+    if unknown:
+        run.notes.append(f"The model does not know these words of the prompt: {', '.join(unknown)}.")
+    for note in run.notes:
+        observer.note(note)
+    if handle is not None:
+        handle.reset()
+    with _explain_memory(stages, settings, loaded.info):
+        frames = _frames(run, loaded, handle, stages)
+        report = None
+        with VideoWriter(run.path, settings.fps or 16, settings.num_frames) as writer:
+            _write_stream(writer, frames, stages, run.timings)
+            stages.enter("write")
+            writer.finish()
+            stages.leave()
+            report = handle.report() if handle is not None else None
+            document = _document(run, loaded, report)
+            json_path = writer.target.with_suffix(".json")
+            if writer.target.suffix == "":
+                json_path = writer.target.parent / f"{writer.target.name}.json"
+            write_json(json_path, document)
+            try:
+                path = writer.commit()
+            except OutputError:
+                json_path.unlink(missing_ok=True)
+                raise
+    return Result(path, json_path, settings, document, report, run.timings, tuple(run.notes))
+
+
+def _write_stream(
+    writer: VideoWriter, frames: Iterable[np.ndarray], stages: _Stages, timings: dict[str, float]
+) -> None:
+    """Hand chunks of frames to the writer as they are decoded; its time counts as `write`, not as `decode`."""
+    writing = 0.0
+    for chunk in frames:
+        since = time.perf_counter()
+        for frame in chunk:
+            writer.add(frame)
+        writing += time.perf_counter() - since
+        stages.observer.advance(writer.count)
+    stages.leave()
+    timings["decode"] = max(0.0, timings.get("decode", 0.0) - writing)
+    timings["write"] = timings.get("write", 0.0) + writing
+
+
+def _text_length(pipe: Any, settings: GenerateSettings, minimum: int) -> int:
+    """`minimum` text tokens, or the next multiple of it that holds the longer prompt, at most 512."""
+    texts = [settings.prompt, settings.negative_prompt or ""]
+    needed = max(len(pipe.tokenizer(text)["input_ids"]) for text in texts)
+    return min(512, -(-max(needed, 1) // minimum) * minimum)
+
+
+def _call_arguments(run: _Run, loaded: LoadedPipeline) -> dict[str, Any]:
+    """Arguments for the pipeline, limited to those that this pipeline class takes."""
+    settings, pipe = run.settings, loaded.pipe
+    arguments: dict[str, Any] = {
+        "prompt": settings.prompt,
+        "negative_prompt": settings.negative_prompt,
+        "height": settings.height,
+        "width": settings.width,
+        "num_frames": settings.num_frames,
+        "num_inference_steps": settings.num_inference_steps,
+        "guidance_scale": settings.guidance_scale,
+        "frame_rate": settings.fps,
+        # Noise from the CPU is the same on every device.
+        "generator": torch.Generator("cpu").manual_seed(settings.seed or 0),
+    }
+    if loaded.info.preset.max_sequence_length is not None:
+        arguments["max_sequence_length"] = _text_length(pipe, settings, loaded.info.preset.max_sequence_length)
+    if settings.image is not None:
+        arguments["image"] = _read_image(settings.image, settings.height or 0, settings.width or 0)
+    taken = inspect.signature(type(pipe).__call__).parameters
+    return {name: value for name, value in arguments.items() if name in taken}
+
+
+def _read_image(path: str, height: int, width: int) -> Any:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(Path(path).expanduser()) as image:
+            return ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (width, height))
+    except (UnidentifiedImageError, OSError) as error:
+        raise ConfigError(f"The image {path!r} cannot be read; give a PNG or JPEG file.") from error
+
+
+def _frames(run: _Run, loaded: LoadedPipeline, handle: Any, stages: _Stages) -> Iterator[np.ndarray]:
+    """Run the pipeline and yield its frames, uint8 `[n, height, width, 3]`."""
+    pipe, steps = loaded.pipe, run.settings.num_inference_steps or 1
+    kinds = ["dense" if handle is None or handle.is_dense_step(i, steps) else "sparse" for i in range(steps)]
+    clock, since = StepClock(), 0.0
+
+    def denoising_begins(*_: Any) -> None:
+        nonlocal since
+        if stages.current == "encode":
+            stages.enter("denoise", steps)
+            since = time.perf_counter()
+
+    def step_ends(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        nonlocal since
+        if loaded.device.type == "cuda":
+            torch.cuda.synchronize(loaded.device)  # kernels run behind Python; without this the times mean nothing
+        now = time.perf_counter()
+        clock.add(kinds[step], now - since)
+        since = now
+        stages.observer.advance(step + 1, clock.estimate(kinds[step + 1 :]), kinds[step])
+        if step + 1 == steps:
+            stages.enter("decode", run.settings.num_frames)
+        return tensors
+
+    streamed = can_stream(pipe)
+    stages.enter("encode")
+    models = [m for m in (getattr(pipe, "transformer", None), getattr(pipe, "transformer_2", None)) if m is not None]
+    hooks = [model.register_forward_pre_hook(denoising_begins) for model in models]
+    try:
+        output = pipe(
+            **_call_arguments(run, loaded),
+            output_type="latent" if streamed else "np",
+            callback_on_step_end=step_ends,
+        )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if streamed:
+        yield from stream_frames(pipe, output.frames, loaded.device)
+        pipe.maybe_free_model_hooks()
+    else:
+        for frame in output.frames[0]:
+            yield to_uint8(np.asarray(frame))[None]
+
+
+def _document(run: _Run, loaded: LoadedPipeline, report: Any) -> dict[str, Any]:
+    settings = run.settings.with_(dtype=str(loaded.dtype).removeprefix("torch."), flow_shift=loaded.flow_shift)
+    device = str(loaded.device)
+    name = torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else "CPU"
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "output": run.path.name,
+        "settings": settings.to_dict(),
+        "resolved": {
+            "pipeline_class": loaded.info.pipeline_class,
+            "preset": loaded.info.preset.name,
+            "device": device,
+            "device_name": name,
+            "vae_dtype": str(loaded.vae_dtype).removeprefix("torch."),
+            "offload": loaded.offload,
+        },
+        "versions": versions(),
+        "timings_s": {stage: round(seconds, 3) for stage, seconds in run.timings.items()},
+        "notes": list(run.notes),
+        "report": report.to_dict() if report is not None else None,
+    }
+
+
+@contextmanager
+def _explain_memory(stages: _Stages, settings: GenerateSettings, info: ModelInfo) -> Iterator[None]:
+    """Turn running out of memory into one sentence that says what would fit."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(memory_advice(stages.current, settings, info)) from error
+
+
+def memory_advice(stage: str, settings: GenerateSettings, info: ModelInfo) -> str:
+    """One sentence: where memory ran out, and what to change, cheapest first."""
+    frames = settings.num_frames or 1
+    ways: list[str] = []
+    harder = {"none": "model", "auto": "group", "model": "group", "group": "sequential"}.get(settings.offload)
+    if settings.device != "cpu" and torch.cuda.is_available() and harder is not None:
+        ways.append(f"--offload {harder}")
+    if stage in ("decode", "write") and not settings.vae_tiling:
+        ways.insert(0, "--vae-tiling")
+    if stage != "load" and frames > 1:
+        ways.append(f"--frames {info.snap_frames(frames // 2 + 1)}")
+    if stage != "load":
+        ways.append("a smaller --size")
+    what = f"{frames} frames of {settings.width}x{settings.height}"
+    where = {"load": "loading the model"}.get(stage, f"the {stage or 'first'} stage of {what}")
+    return f"Memory ran out in {where}; try {' or '.join(ways) if ways else 'a smaller model'}."
