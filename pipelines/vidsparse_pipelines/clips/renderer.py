@@ -58,18 +58,21 @@ _GROUND_FIELDS = "texture r g b x y vx vy".split()
 class Params:
     """Numbers that draw a batch of clips.
 
-    objects: `[clips, 2, 18]` float32, back object first; `shape` is -1 where there is none.
+    objects: `[clips, 2, 18]` float32, back object first.
     ground: `[clips, 8]` float32.
+    shapes: `[clips, 2]` int64, -1 where there is no object. Always on the CPU: drawing goes shape by shape, and
+        asking the device which clips have one would stall it.
     """
 
     objects: Tensor
     ground: Tensor
+    shapes: Tensor
 
     def to(self, device: torch.device | str) -> Params:
-        return Params(self.objects.to(device), self.ground.to(device))
+        return Params(self.objects.to(device), self.ground.to(device), self.shapes)
 
     def __getitem__(self, index: slice) -> Params:
-        return Params(self.objects[index], self.ground[index])
+        return Params(self.objects[index], self.ground[index], self.shapes[index])
 
     def __len__(self) -> int:
         return self.objects.shape[0]
@@ -178,7 +181,8 @@ def sample_params(specs: list[ClipSpec], rng: Random, height: int, width: int) -
         height, width: Frame size in pixels; only their ratio matters.
     """
     rows = [_clip_params(s, rng, width / height) for s in specs]
-    return Params(torch.tensor([r[0] for r in rows]), torch.tensor([r[1] for r in rows]))
+    objects = torch.tensor([r[0] for r in rows])
+    return Params(objects, torch.tensor([r[1] for r in rows]), objects[:, :, 0].long())
 
 
 def _box(x: Tensor, y: Tensor, half_x: Tensor, half_y: Tensor) -> Tensor:
@@ -249,8 +253,9 @@ def render(
     for index in range(params.objects.shape[1]):
         rows = params.objects[:, index]
         for shape_id, shape in enumerate(grammar.SHAPES):
-            chosen = (rows[:, 0] == shape_id).nonzero().flatten()
+            chosen = (params.shapes[:, index] == shape_id).nonzero().flatten()
             if chosen.numel():
+                chosen = chosen.to(device)
                 f = {n: rows[chosen, i].view(-1, 1, 1, 1) for i, n in enumerate(_FIELDS)}
                 alpha, shade = _render_object(shape, f, t, yy, xx, pixel, aspect)
                 color = torch.stack((f["r"], f["g"], f["b"]), 1)
