@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 import vidsparse
-from vidsparse.errors import ConfigError, OutOfMemory, OutputError
+from vidsparse.errors import ConfigError, OutOfMemory, OutputError, UnsupportedModelError
 
 from .decode import can_stream, stream_frames, to_uint8
+from .device import resolve_device
 from .load import LoadedPipeline, is_out_of_memory, load_pipeline
 from .lora import check_lora_files
 from .model_info import ModelInfo, inspect_model
@@ -189,8 +190,9 @@ def generate_many(
 
 def _prepare(batch: Sequence[GenerateSettings], info: ModelInfo, output: str | None) -> list[_Run]:
     runs: list[_Run] = []
+    resolve_device(batch[0].device)
     for index, settings in enumerate(batch):
-        full, notes = resolve_settings(settings, info)
+        full, notes = resolve_settings(_check_method(settings), info)
         assert full.seed is not None and full.num_frames is not None
         path = name_output(output, full.prompt, full.seed, full.num_frames, index if len(batch) > 1 else None)
         check_output(path, full.num_frames)
@@ -198,15 +200,24 @@ def _prepare(batch: Sequence[GenerateSettings], info: ModelInfo, output: str | N
     return runs
 
 
-def _attach(pipe: Any, settings: GenerateSettings) -> Any:
-    """Attach the sparse method; None for dense."""
+def _check_method(settings: GenerateSettings) -> GenerateSettings:
+    """Build the method's processor once to check its options; returns the settings with every option spelt out."""
+    from vidsparse.methods import method_options, processor_class
+
+    processor_class(settings.sparse)(**settings.method_options)
     if settings.sparse == DENSE:
-        if settings.method_options:
-            raise ConfigError(
-                f"Dense attention takes no option {next(iter(settings.method_options))!r}; leave it out."
-            )
-        return None
-    return vidsparse.apply(pipe, settings.sparse, strict=settings.strict, **settings.method_options)
+        return settings
+    return settings.with_(method_options={**method_options(settings.sparse), **settings.method_options})
+
+
+def _attach(pipe: Any, settings: GenerateSettings) -> Any:
+    """Attach the method. None for dense on a family that vidsparse cannot attach to: it needs nothing from us."""
+    try:
+        return vidsparse.apply(pipe, settings.sparse, strict=settings.strict, **settings.method_options)
+    except UnsupportedModelError:
+        if settings.sparse == DENSE:
+            return None
+        raise
 
 
 def _run_one(run: _Run, loaded: LoadedPipeline, handle: Any, observer: Observer) -> Result:

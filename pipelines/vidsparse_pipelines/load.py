@@ -61,6 +61,13 @@ def set_flow_shift(pipe: Any, flow_shift: float | None) -> float | None:
     return float(flow_shift)
 
 
+def _dtype_argument() -> str:
+    """diffusers renamed `torch_dtype` to `dtype`; the old name warns where the new one exists."""
+    from diffusers.utils import deprecation_utils
+
+    return "dtype" if hasattr(deprecation_utils, "_TORCH_DTYPE_DEPRECATION_MESSAGE") else "torch_dtype"
+
+
 def _read_pipeline(info: ModelInfo, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:
     import diffusers
 
@@ -74,7 +81,7 @@ def _read_pipeline(info: ModelInfo, dtype: torch.dtype, vae_dtype: torch.dtype) 
         check_weights(info.folder, info.components)
     source = str(info.folder) if local else info.name
     try:
-        return pipeline_class.from_pretrained(source, torch_dtype={"default": dtype, "vae": vae_dtype})
+        return pipeline_class.from_pretrained(source, **{_dtype_argument(): {"default": dtype, "vae": vae_dtype}})
     except (MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:

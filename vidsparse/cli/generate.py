@@ -1,0 +1,193 @@
+"""`vidsparse generate`: settle the options, run, show the result."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import fields
+from typing import Any
+
+from vidsparse.errors import ConfigError
+
+from .arguments import parse_size, read_config, split_options
+
+
+def run(
+    given: dict[str, Any],
+    *,
+    method_options: dict[str, str],
+    extra: list[str],
+    option_names: list[str],
+    prompt_file: str | None,
+    output: str | None,
+    config: str | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Generate what the command line asks for.
+
+    Args:
+        given: settings typed by the user, by name.
+        method_options: method options that have a flag of their own.
+        extra: leftover arguments, taken as options of the method.
+        option_names: the command's own flags, for messages.
+        prompt_file, output, config, as_json, quiet, verbose: the flags of these names.
+
+    Raises:
+        VidsparseError: one sentence for the user.
+    """
+    typed = {**split_options(extra, option_names), **method_options}
+    from_file = read_config(config) if config is not None else {}
+    prompts = _prompts(given, from_file, prompt_file)
+    if output is None and isinstance(from_file.get("output"), str):
+        output = from_file["output"]
+    if not verbose:
+        _hush()
+    batch = settle(given, typed, from_file, prompts, option_names)
+
+    from vidsparse_pipelines.generation import generate_many
+    from vidsparse_pipelines.progress import Observer
+
+    from .screen import Screen
+
+    screen = None if quiet or as_json else Screen()
+    documents: list[dict[str, Any]] = []
+    results = generate_many(batch, output, observer=screen or Observer())
+    try:
+        for result in results:
+            if screen is not None:
+                screen.close()
+            if as_json:
+                documents.append({**result.document, "path": str(result.path), "json_path": str(result.json_path)})
+            else:
+                _show(result, quiet)
+    finally:
+        results.close()
+        if screen is not None:
+            screen.close()
+    if as_json:
+        print(json.dumps(documents if prompt_file is not None else documents[0], ensure_ascii=False))
+
+
+def _prompts(given: dict[str, Any], from_file: dict[str, Any], prompt_file: str | None) -> list[str]:
+    from vidsparse_pipelines.prompts import read_prompts
+
+    if prompt_file is not None and "prompt" in given:
+        raise ConfigError("Give either --prompt or --prompt-file, not both.")
+    if prompt_file is None and "prompt" not in given:
+        prompt_file = from_file.get("prompt_file")
+    if prompt_file is not None:
+        return read_prompts(prompt_file)
+    prompt = given.get("prompt", from_file.get("prompt"))
+    if prompt is None:
+        raise ConfigError("There is no prompt; give --prompt TEXT or --prompt-file FILE.")
+    return [str(prompt)]
+
+
+def settle(
+    given: dict[str, Any],
+    typed: dict[str, Any],
+    from_file: dict[str, Any],
+    prompts: list[str],
+    option_names: list[str],
+) -> list[Any]:
+    """One `GenerateSettings` for each prompt: the command line before the config file before presets.
+
+    Args:
+        given: settings from the command line.
+        typed: method options from the command line.
+        from_file: everything from the config file.
+        prompts: the prompts.
+        option_names: the command's own flags, for messages.
+
+    Raises:
+        ConfigError: a name or value is not allowed.
+    """
+    from vidsparse_pipelines.lora import LoraSpec
+    from vidsparse_pipelines.model_info import inspect_model
+    from vidsparse_pipelines.settings import GenerateSettings
+
+    names = {field.name for field in fields(GenerateSettings)}
+    from_file = {k: v for k, v in from_file.items() if k not in ("prompt", "prompt_file", "output", "output_path")}
+    given = {k: v for k, v in given.items() if k != "prompt"}
+    file_options = dict(from_file.pop("method_options", None) or {})
+    file_options.update({k: from_file.pop(k) for k in list(from_file) if k not in names and k != "size"})
+
+    model = given.get("model", from_file.get("model"))
+    sizes = inspect_model(model).preset.sizes if model is not None else inspect_model().preset.sizes
+    merged = {**_with_size(from_file, sizes), **_with_size(given, sizes)}
+    sparse = str(merged.get("sparse", GenerateSettings.sparse))
+    if sparse != str(from_file.get("sparse", sparse)):
+        file_options = {}  # they belong to the file's method
+    merged["method_options"] = _method_options(sparse, file_options, typed, option_names)
+    loras = tuple(LoraSpec.parse(str(text)) for text in merged.pop("loras", ()))
+    seed = merged.pop("seed", None)
+    batch = []
+    for index, prompt in enumerate(prompts):
+        seed_i = seed + index if isinstance(seed, int) else seed
+        batch.append(GenerateSettings(prompt=prompt, loras=loras, seed=seed_i, **merged))
+    return batch
+
+
+def _with_size(values: dict[str, Any], sizes: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    """Replace `size` by height and width; explicit ones win over it."""
+    values = dict(values)
+    size = values.pop("size", None)
+    if size is not None:
+        height, width = parse_size(str(size), sizes)
+        values = {"height": height, "width": width, **values}
+    return values
+
+
+def _method_options(
+    sparse: str, file_options: dict[str, Any], typed: dict[str, Any], option_names: list[str]
+) -> dict[str, Any]:
+    from .method_options import parse_options
+    from .methods import option_types
+
+    types = option_types(sparse)
+    return {
+        **parse_options(sparse, types, file_options, option_names),
+        **parse_options(sparse, types, typed, option_names),
+    }
+
+
+def _hush() -> None:
+    """Keep the libraries' progress bars and advice out of our output."""
+    import logging
+    import os
+    import warnings
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    warnings.simplefilter("ignore")
+    logging.captureWarnings(True)
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
+def _show(result: Any, quiet: bool) -> None:
+    from rich.console import Console
+
+    if quiet:
+        print(result.path)
+        return
+    from .screen import duration
+    from .table import print_report
+
+    console = Console(file=sys.stdout, highlight=False)
+    settings = result.settings
+    if result.report is not None:
+        print_report(console, result.document["report"])
+    total = duration(sum(result.timings.values()))
+    console.print(
+        f"{result.path}  {settings.num_frames} frames, {settings.width}x{settings.height}, seed {settings.seed}, {total}",
+        markup=False,
+        soft_wrap=True,
+    )

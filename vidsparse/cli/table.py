@@ -1,0 +1,81 @@
+"""The table at the end: layers x steps, density, what ran dense and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+DENSE = "dense"
+MAX_COLUMNS = 12
+
+
+def _cells(report: dict[str, Any]) -> tuple[list[int], list[int | None], list[list[str]]]:
+    matrix = report["matrix"]
+    sparse = {(row["layer"], row["step"]) for row in report["rows"] if row["reason"] is None}
+    cells = [
+        [
+            "" if value is None else f"{value:.2f}" if (layer, step) in sparse else DENSE
+            for step, value in zip(matrix["steps"], line, strict=True)
+        ]
+        for layer, line in zip(matrix["layers"], matrix["density"], strict=True)
+    ]
+    return matrix["layers"], matrix["steps"], cells
+
+
+def runs(items: list[Any]) -> list[tuple[int, int]]:
+    """Index ranges `[first, last]` of equal neighbours."""
+    result: list[tuple[int, int]] = []
+    for i, item in enumerate(items):
+        if result and items[result[-1][0]] == item:
+            result[-1] = (result[-1][0], i)
+        else:
+            result.append((i, i))
+    return result
+
+
+def _span(labels: list[Any], first: int, last: int) -> str:
+    low, high = ("-" if labels[i] is None else str(labels[i]) for i in (first, last))
+    return low if low == high else f"{low}-{high}"
+
+
+def condense(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The report's matrix with equal neighbouring layers and steps merged.
+
+    Returns:
+        The header (`layers`, then step ranges) and one list of cells per range of layers. A cell is `dense` or a density;
+        a range of densities `low..high` where more than `MAX_COLUMNS` columns had to be merged.
+    """
+    layers, steps, cells = _cells(report)
+    columns = runs([[line[i] for line in cells] for i in range(len(steps))])
+    if len(columns) > MAX_COLUMNS:
+        size = -(-len(steps) // MAX_COLUMNS)
+        columns = [(i, min(i + size, len(steps)) - 1) for i in range(0, len(steps), size)]
+    header = [
+        "layers",
+        *(f"steps {_span(steps, *c)}" if c[0] != c[1] else f"step {_span(steps, *c)}" for c in columns),
+    ]
+    merged = [[_merge(line[first : last + 1]) for first, last in columns] for line in cells]
+    body = [[_span(layers, first, last), *merged[first]] for first, last in runs(merged)]
+    return header, body
+
+
+def _merge(values: list[str]) -> str:
+    distinct = sorted(set(values) - {""})
+    if len(distinct) <= 1:
+        return distinct[0] if distinct else ""
+    return f"{distinct[0]}..{distinct[-1]}"
+
+
+def print_report(console: Any, report: dict[str, Any]) -> None:
+    """Print the condensed table and the summary line."""
+    from rich import box
+    from rich.table import Table
+
+    header, body = condense(report)
+    table = Table(box=box.SIMPLE_HEAD, title="attention: density by layer and step", title_justify="left")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in body:
+        table.add_row(*row)
+    if body:
+        console.print(table)
+    console.print(report["summary"], markup=False, highlight=False)
