@@ -126,11 +126,11 @@ class _Case:
 def _select(case: _Case) -> tuple[str, str]:
     if case.requires_grad:
         return "reference", "gradients are needed; the other backends have no backward yet"
-    obstacle_triton = _obstacle("triton", case)
-    if obstacle_triton is None:
-        return "triton", f"inference on {case.query.device.type}"
-    obstacle_sdpa = _obstacle("sdpa", case)
     where = case.query.device.type
+    obstacle_triton = "needs a GPU" if where == "cpu" else _obstacle("triton", case)
+    if obstacle_triton is None:
+        return "triton", f"inference on {where}"
+    obstacle_sdpa = _obstacle("sdpa", case)
     not_triton = "" if where == "cpu" else f'; "triton" {obstacle_triton}'
     if obstacle_sdpa is None:
         return "sdpa", f"inference on {where}{not_triton}"

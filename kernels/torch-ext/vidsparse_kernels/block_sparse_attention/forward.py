@@ -1,16 +1,295 @@
-"""Triton forward kernel."""
+"""Triton forward kernel over block lists."""
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..block_mask import BlockMask
+from .configs import ForwardConfig, forward_config, padded_head_dim
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # Triton before 3.4
+    TensorDescriptor = None
+
+MAX_HEAD_DIM = 256
+LOG2_E = 1.4426950408889634
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@triton.jit
+def _load_tile(
+    source, batch, head, start, length, stride_s, stride_d,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Tokens start .. start + BLOCK as `[BLOCK, BLOCK_D]`, zeros past the head_dim and, where RAGGED, the length."""
+    if DESCRIPTORS:
+        return source.load([batch, head, start, 0]).reshape([BLOCK, BLOCK_D])
+    # [BLOCK], [BLOCK_D]
+    tokens = start + tl.arange(0, BLOCK)
+    dims = tl.arange(0, BLOCK_D)
+    pointers = source + tokens.to(tl.int64)[:, None] * stride_s + dims[None, :] * stride_d
+    if RAGGED:
+        return tl.load(pointers, mask=(tokens < length)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+    if HEAD_DIM != BLOCK_D:
+        return tl.load(pointers, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def _attend(
+    acc, peak, mass, q, key, value, bias_ptr, batch, kv_head, start_n, seq_len_kv, qk_scale_log2,
+    key_stride_s, key_stride_d, value_stride_s, value_stride_d,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax over the keys start_n .. start_n + BLOCK_N, in base 2."""
+    k = _load_tile(
+        key, batch, kv_head, start_n, seq_len_kv, key_stride_s, key_stride_d,
+        HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS, RAGGED,
+    )  # fmt: skip
+    # [BLOCK_M, BLOCK_N]
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if HAS_BIAS or RAGGED:
+        columns = start_n + tl.arange(0, BLOCK_N)
+        logits = logits * qk_scale_log2
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + columns, mask=columns < seq_len_kv, other=0.0)
+            logits += (bias.to(tl.float32) * 1.4426950408889634)[None, :]
+        if RAGGED:
+            logits = tl.where((columns < seq_len_kv)[None, :], logits, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(logits, 1))
+        # A row may have met nothing but -inf so far; shifting by 0 keeps -inf - -inf out.
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weights = tl.exp2(logits - shift[:, None])
+        decay = tl.exp2(peak - shift)
+    else:
+        # Scaling inside the exponent lets the compiler fuse multiply and subtract.
+        new_peak = tl.maximum(peak, tl.max(logits, 1) * qk_scale_log2)
+        weights = tl.exp2(logits * qk_scale_log2 - new_peak[:, None])
+        decay = tl.exp2(peak - new_peak)
+    mass = mass * decay + tl.sum(weights, 1)
+    acc = acc * decay[:, None]
+    v = _load_tile(
+        value, batch, kv_head, start_n, seq_len_kv, value_stride_s, value_stride_d,
+        HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS, RAGGED,
+    )  # fmt: skip
+    acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, new_peak, mass
+
+
+@triton.jit
+def block_sparse_forward_kernel(
+    query, key, value, out, lse_ptr, counts_ptr, indices_ptr, bias_ptr,
+    query_stride_b, query_stride_s, query_stride_h, query_stride_d,
+    key_stride_b, key_stride_s, key_stride_h, key_stride_d,
+    value_stride_b, value_stride_s, value_stride_h, value_stride_d,
+    out_stride_b, out_stride_s, out_stride_h,
+    counts_stride_b, counts_stride_h, indices_stride_b, indices_stride_h, indices_stride_m,
+    bias_stride_b, bias_stride_h,
+    num_heads, group_size, seq_len_q, seq_len_kv, num_q_tiles, qk_scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, RAGGED_KV: tl.constexpr, HAS_BIAS: tl.constexpr,
+    STORE_LSE: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M queries of one head over their listed kv-blocks; query, key, value, out are pointers or descriptors."""
+    program = tl.program_id(0)
+    start_m = (program % num_q_tiles) * BLOCK_M
+    head = (program // num_q_tiles) % num_heads
+    batch = program // num_q_tiles // num_heads
+    kv_head = head // group_size
+    q_block = start_m // Q_BLOCK
+    wide_batch, wide_head, wide_kv_head = batch.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
+
+    if not DESCRIPTORS:
+        query += wide_batch * query_stride_b + wide_head * query_stride_h
+        key += wide_batch * key_stride_b + wide_kv_head * key_stride_h
+        value += wide_batch * value_stride_b + wide_kv_head * value_stride_h
+        out += wide_batch * out_stride_b + wide_head * out_stride_h
+    if HAS_BIAS:
+        bias_ptr += wide_batch * bias_stride_b + wide_head * bias_stride_h
+    indices_ptr += (
+        wide_batch * indices_stride_b + wide_head * indices_stride_h + q_block.to(tl.int64) * indices_stride_m
+    )
+    count = tl.load(counts_ptr + wide_batch * counts_stride_b + wide_head * counts_stride_h + q_block)
+
+    # [BLOCK_M, BLOCK_D]
+    q = _load_tile(
+        query, batch, head, start_m, seq_len_q, query_stride_s, query_stride_d,
+        HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS, True,
+    )  # fmt: skip
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # [BLOCK_M], peak in base 2
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    mass = tl.zeros([BLOCK_M], tl.float32)
+
+    # Lists ascend, so only their last entry can be the shorter last block: it may lack some whole tiles, and one
+    # tile of it may be cut.
+    TILES: tl.constexpr = KV_BLOCK // BLOCK_N
+    last = tl.load(indices_ptr + tl.maximum(count - 1, 0), mask=count > 0, other=0)
+    overhang = tl.maximum((last + 1) * KV_BLOCK - seq_len_kv, 0)
+    num_tiles = count * TILES
+    if count > 0:
+        num_tiles -= overhang // BLOCK_N
+    num_whole = num_tiles
+    if RAGGED_KV:
+        if (count > 0) & (overhang > 0):
+            num_whole -= 1
+
+    for tile in tl.range(0, num_whole):
+        start_n = tl.load(indices_ptr + tile // TILES) * KV_BLOCK + (tile % TILES) * BLOCK_N
+        acc, peak, mass = _attend(
+            acc, peak, mass, q, key, value, bias_ptr, batch, kv_head, start_n, seq_len_kv, qk_scale_log2,
+            key_stride_s, key_stride_d, value_stride_s, value_stride_d,
+            HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, False, PRECISION,
+        )  # fmt: skip
+    if RAGGED_KV:
+        if num_whole < num_tiles:
+            start_n = last * KV_BLOCK + (num_whole % TILES) * BLOCK_N
+            acc, peak, mass = _attend(
+                acc, peak, mass, q, key, value, bias_ptr, batch, kv_head, start_n, seq_len_kv, qk_scale_log2,
+                key_stride_s, key_stride_d, value_stride_s, value_stride_d,
+                HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, True, PRECISION,
+            )  # fmt: skip
+
+    acc = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
+    tokens = start_m + tl.arange(0, BLOCK_M)
+    if STORE_LSE:
+        lse = tl.where(mass == 0.0, float("-inf"), (peak + tl.log2(mass)) * 0.6931471805599453)
+        lse_row = (wide_batch * num_heads + head) * seq_len_q
+        tl.store(lse_ptr + lse_row + tokens, lse, mask=tokens < seq_len_q)
+    if DESCRIPTORS:
+        out.store([batch, head, start_m, 0], acc.to(out.dtype).reshape([1, 1, BLOCK_M, BLOCK_D]))
+    else:
+        dims = tl.arange(0, BLOCK_D)
+        pointers = out + tokens.to(tl.int64)[:, None] * out_stride_s + dims[None, :]
+        inside = (tokens < seq_len_q)[:, None] & (dims < HEAD_DIM)[None, :]
+        tl.store(pointers, acc.to(out.dtype.element_ty), mask=inside)
+
+
+def triton_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    *,
+    scale: float,
+    key_bias: Tensor | None,
+    return_lse: bool,
+    config: ForwardConfig | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Launch the kernel; inference only.
+
+    Args:
+        query: `[batch, seq_len_q, num_heads, head_dim]` bf16, fp16 or fp32, any strides.
+        key, value: `[batch, seq_len_kv, num_kv_heads, head_dim]`.
+        block_mask: lists; block sizes are multiples of 16.
+        scale: factor on query . key, positive.
+        key_bias: fp32 `[B|1, H|1, seq_len_kv]`, natural-log units, or None.
+        return_lse: whether to compute the LSE.
+        config: tile shape and variant; default: the table in `configs`.
+
+    Returns:
+        Output like `query` (contiguous) and the fp32 LSE `[batch, num_heads, seq_len_q]` or None.
+    """
+    batch, seq_len_q, num_heads, head_dim = query.shape
+    seq_len_kv = key.shape[1]
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(batch, num_heads, seq_len_q, dtype=torch.float32, device=query.device) if return_lse else None
+    if out.numel() == 0:
+        return out, lse
+    if config is None:
+        config = config_for(query, key, value, out, block_mask)
+    # Read in place whatever the strides are; only the innermost stride of the lists and the bias has to be 1.
+    counts, indices = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (block_mask.kv_num_blocks, block_mask.kv_indices)
+    )
+    if indices.shape[-1] == 0:
+        indices = torch.zeros(*indices.shape[:3], 1, dtype=torch.int32, device=indices.device)
+    bias = None
+    if key_bias is not None:
+        bias = key_bias if key_bias.stride(-1) == 1 else key_bias.contiguous()
+    block_d = padded_head_dim(head_dim)
+    arrays: list[Any] = [query, key, value, out]
+    if config.descriptors:
+        rows = (config.block_m, config.block_n, config.block_n, config.block_m)
+        arrays = [_descriptor(x, block, block_d) for x, block in zip(arrays, rows)]
+    num_q_tiles = triton.cdiv(seq_len_q, config.block_m)
+    with torch.cuda.device_of(query):
+        block_sparse_forward_kernel[(num_q_tiles * num_heads * batch,)](
+            *arrays, lse if return_lse else out, counts, indices, bias if bias is not None else out,
+            *query.stride(), *key.stride(), *value.stride(), *out.stride()[:3],
+            *_broadcast_strides(counts, 2), *_broadcast_strides(indices, 2), indices.stride(2),
+            *(_broadcast_strides(bias, 2) if bias is not None else (0, 0)),
+            num_heads, num_heads // key.shape[2], seq_len_q, seq_len_kv, num_q_tiles, scale * LOG2_E,
+            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            Q_BLOCK=block_mask.q_block_size, KV_BLOCK=block_mask.kv_block_size,
+            RAGGED_KV=seq_len_kv % config.block_n != 0, HAS_BIAS=bias is not None, STORE_LSE=return_lse,
+            DESCRIPTORS=config.descriptors, PRECISION="ieee",
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return out, lse
+
+
+def config_for(query: Tensor, key: Tensor, value: Tensor, out: Tensor, block_mask: BlockMask) -> ForwardConfig:
+    """What the table says for these arguments on their device."""
+    capability, shared_memory = None, 64 * 1024
+    if query.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(query.device)
+        shared_memory = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
+        if torch.version.hip is None:
+            capability = (properties.major, properties.minor)
+    return forward_config(
+        capability=capability,
+        shared_memory=shared_memory,
+        head_dim=query.shape[3],
+        itemsize=query.element_size(),
+        q_block_size=block_mask.q_block_size,
+        kv_block_size=block_mask.kv_block_size,
+        descriptors_possible=TensorDescriptor is not None and all(_tma_can_read(x) for x in (query, key, value, out)),
+    )
 
 
 def unsupported(query: Tensor, block_mask: BlockMask) -> str | None:
-    """Why Triton cannot do this case, as the end of a sentence; None if it can."""
-    return "needs a CUDA or ROCm GPU"
+    """Why Triton cannot do this case, as the end of a sentence that starts with its name; None if it can."""
+    if query.dtype not in DTYPES:
+        return f"computes in bf16, fp16 and fp32, not {query.dtype}"
+    if query.shape[3] > MAX_HEAD_DIM:
+        return f"supports head_dim up to {MAX_HEAD_DIM}, got {query.shape[3]}"
+    for name in ("q_block_size", "kv_block_size"):
+        if getattr(block_mask, name) % 16:
+            return f"needs a {name} that is a multiple of 16, got {getattr(block_mask, name)}"
+    if query.device.type == "cpu":
+        return None if os.environ.get("TRITON_INTERPRET") == "1" else "needs a GPU"
+    if query.device.type != "cuda":
+        return f"needs a CUDA or ROCm GPU, got {query.device.type}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "needs compute capability 8.0 or later"
+    return None
 
 
-def triton_forward(query, key, value, block_mask, *, scale, key_bias, return_lse):
-    raise NotImplementedError
+def _broadcast_strides(x: Tensor, ndim: int) -> tuple[int, ...]:
+    """The first strides, 0 where the dimension broadcasts."""
+    return tuple(0 if x.shape[d] == 1 else x.stride(d) for d in range(ndim))
+
+
+def _tma_can_read(x: Tensor) -> bool:
+    """TMA wants 16-byte aligned rows and contiguous elements; strides of dimensions of size 1 are never used."""
+    rows = (x.stride(d) * x.element_size() for d in range(3) if x.shape[d] > 1)
+    return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(row > 0 and row % 16 == 0 for row in rows)
+
+
+def _descriptor(x: Tensor, block: int, block_d: int) -> Any:
+    """Descriptor of `[batch, seq_len, num_heads, head_dim]` in the order batch, head, token, dim, tokens in tiles."""
+    assert TensorDescriptor is not None
+    batch, seq_len, num_heads, head_dim = x.shape
+    row = -(-head_dim * x.element_size() // 16) * 16 // x.element_size()
+    strides = [x.stride(d) if x.shape[d] > 1 else row for d in (0, 2, 1)]
+    return TensorDescriptor(x, [batch, num_heads, seq_len, head_dim], [*strides, 1], [1, 1, block, block_d])

@@ -17,12 +17,19 @@ from ..block_mask import BlockMask
 
 MAX_JOINED = 32
 """Longest run of groups considered for one call."""
-CALL_COST = 60_000
-"""Fixed cost of a call, in query-key pairs of one head's large unmasked call."""
-MASK_COST = 1.2
-"""Cost of a pair with an additive mask, relative to one without."""
 MASK_ELEMENTS = 1 << 24
 """Masks up to this many elements in total are kept from call to call; larger ones are rebuilt."""
+
+# The cost model, fitted on a Xeon with AMX (torch 2.13, head_dim 64). The unit is one query-key pair of one head in a
+# large call without a mask.
+CALL_COST = 4_000
+"""Of making a call."""
+GATHER_COST = 20
+"""Of copying one key and value out of a list that is not one run of tokens."""
+MASK_FACTOR = 1.2
+"""Of a pair with an additive mask."""
+START_COST = {torch.float32: 16, torch.bfloat16: 50, torch.float16: 50}
+"""Of each key of a call (packing it for the matrix unit), which is why calls with few queries are slow."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ def grouped_sdpa(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMas
     """
     group_size = query.shape[2] // key.shape[2]
     out = query.new_zeros(query.shape)
-    for part in _plan(block_mask):
+    for part in _plan(block_mask, query.dtype):
         q, o = query[part.batch], out[part.batch]
         k, v = key[part.batch], value[part.batch]
         heads = part.heads
@@ -124,31 +131,43 @@ def _additive_mask(block_mask: BlockMask, part: _Part, number: int, dtype: torch
     return mask
 
 
-def _plan(block_mask: BlockMask) -> list[_Part]:
-    if "sdpa_plan" not in block_mask._cache:
-        block_mask._cache["sdpa_plan"] = _make_plan(block_mask)
-    return block_mask._cache["sdpa_plan"]
+def _plan(block_mask: BlockMask, dtype: torch.dtype) -> list[_Part]:
+    start_cost = START_COST.get(dtype, START_COST[torch.float32])
+    plans = block_mask._cache.setdefault("sdpa_plans", {})
+    if start_cost not in plans:
+        plans[start_cost] = _make_plan(block_mask, start_cost)
+    return plans[start_cost]
 
 
-def _make_plan(block_mask: BlockMask) -> list[_Part]:
-    counts, lists = block_mask.kv_num_blocks.tolist(), block_mask.kv_indices.tolist()
+def _make_plan(block_mask: BlockMask, start_cost: int) -> list[_Part]:
     parts = []
-    for b in range(block_mask.batch_size):
+    for b, batch_rows in enumerate(_bit_rows(block_mask)):
         batch = slice(None) if block_mask.batch_size == 1 else slice(b, b + 1)
         heads_by_rows: dict[tuple[int, ...], list[int]] = {}
-        for h in range(block_mask.num_heads):
-            rows = tuple(
-                sum(1 << block for block in blocks[:count]) for count, blocks in zip(counts[b][h], lists[b][h])
-            )
+        for h, rows in enumerate(batch_rows):
             heads_by_rows.setdefault(rows, []).append(h)
         for rows, heads in heads_by_rows.items():
-            calls = [_make_call(block_mask, members, bits) for members, bits in _join(block_mask, rows)]
+            calls = [_make_call(block_mask, *joined) for joined in _join(block_mask, rows, start_cost)]
             parts.append(_Part(batch, None if len(heads) == block_mask.num_heads else heads, calls))
     return parts
 
 
-def _join(block_mask: BlockMask, rows: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
-    """Split the q-blocks into calls: lists of (q-blocks, their kv-blocks as bit sets), cheapest by the cost model."""
+def _bit_rows(block_mask: BlockMask) -> list[list[tuple[int, ...]]]:
+    """Per stored batch and head, the kv-blocks of each q-block as the bits of an integer."""
+    if "bit_rows" not in block_mask._cache:
+        counts, lists = block_mask.kv_num_blocks.tolist(), block_mask.kv_indices.tolist()
+        block_mask._cache["bit_rows"] = [
+            [
+                tuple(sum(1 << block for block in blocks[:count]) for count, blocks in zip(*head))
+                for head in zip(*sample)
+            ]
+            for sample in zip(counts, lists)
+        ]
+    return block_mask._cache["bit_rows"]
+
+
+def _join(block_mask: BlockMask, rows: tuple[int, ...], start_cost: int) -> list[tuple[list[int], list[int]]]:
+    """Split the q-blocks into calls: lists of (q-blocks, their kv-blocks as bits), cheapest by the cost model."""
     by_bits: dict[int, list[int]] = {}
     for q_block, bits in enumerate(rows):
         if bits:
@@ -156,13 +175,14 @@ def _join(block_mask: BlockMask, rows: tuple[int, ...]) -> list[tuple[list[int],
     groups = sorted(by_bits.items(), key=lambda item: item[1][0])
     best: list[tuple[float, int]] = [(0.0, 0)]
     for stop in range(1, len(groups) + 1):
-        union, num_blocks, choices = 0, 0, []
+        union, num_queries, choices = 0, 0, []
         for start in range(stop - 1, max(-1, stop - 1 - MAX_JOINED), -1):
             union |= groups[start][0]
-            num_blocks += len(groups[start][1])
-            pairs = num_blocks * block_mask.q_block_size * bin(union).count("1") * block_mask.kv_block_size
-            masked = MASK_COST if start < stop - 1 else 1.0
-            cost = CALL_COST + pairs * masked * _relative_cost(num_blocks * block_mask.q_block_size)
+            num_queries += len(groups[start][1]) * block_mask.q_block_size
+            num_keys = bin(union).count("1") * block_mask.kv_block_size
+            per_pair = MASK_FACTOR if start < stop - 1 else 1.0
+            per_key = start_cost if _is_one_run(union) else start_cost + GATHER_COST
+            cost = CALL_COST + num_keys * (num_queries * per_pair + per_key)
             choices.append((best[start][0] + cost, start))
         best.append(min(choices))
     joined, stop = [], len(groups)
@@ -174,9 +194,9 @@ def _join(block_mask: BlockMask, rows: tuple[int, ...]) -> list[tuple[list[int],
     return joined
 
 
-def _relative_cost(num_queries: int) -> float:
-    """Cost of a query-key pair in a call with this many queries, relative to a very large call."""
-    return 1.0 + 50.0 / num_queries
+def _is_one_run(bits: int) -> bool:
+    lowest = bits & -bits
+    return (bits + lowest) & bits == 0
 
 
 def _make_call(block_mask: BlockMask, q_blocks: list[int], bits: list[int]) -> _Call:

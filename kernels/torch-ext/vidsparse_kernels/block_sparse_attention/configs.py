@@ -1,0 +1,93 @@
+"""Which tile shape and which way of loading the Triton forward kernel uses on which GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KILOBYTE = 1024
+
+
+@dataclass(frozen=True)
+class ForwardConfig:
+    """How the forward kernel is compiled.
+
+    Attributes:
+        block_m: queries per program; divides the mask's q-block.
+        block_n: keys per loop step; divides the mask's kv-block.
+        num_warps: warps per program.
+        num_stages: loop steps whose loads are in flight.
+        descriptors: load and store through TMA tensor descriptors instead of pointers.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    descriptors: bool
+
+
+def forward_config(
+    *,
+    capability: tuple[int, int] | None,
+    shared_memory: int,
+    head_dim: int,
+    itemsize: int,
+    q_block_size: int,
+    kv_block_size: int,
+    descriptors_possible: bool,
+) -> ForwardConfig:
+    """The configuration for a device and a shape.
+
+    Args:
+        capability: CUDA compute capability; None on any other device.
+        shared_memory: bytes that one program may use.
+        head_dim: real head size, padded to a power of two by the kernel.
+        itemsize: bytes per element of query.
+        q_block_size, kv_block_size: of the mask, multiples of 16.
+        descriptors_possible: whether strides and alignment allow TMA; only compute capability 9.0 and later uses it.
+
+    Returns:
+        A configuration whose estimated shared memory fits, on devices that the table does not know too.
+    """
+    block_d = padded_head_dim(head_dim)
+    descriptors = descriptors_possible and capability is not None and capability >= (9, 0)
+    if itemsize > 2:
+        # fp32 products run on the plain cores: small tiles keep the accumulators in registers.
+        block_m, block_n, num_warps, num_stages = 64, 32, 4, 2
+    elif block_d > 128:
+        block_m, block_n, num_warps, num_stages = 128, 64, 8, 2
+    elif descriptors:
+        # 128 x 64 with 4 warps was the best of 44 variants on an H200; more warps or wider tiles lost 15 to 25 %.
+        block_m, block_n, num_warps, num_stages = 128, 64, 4, 3
+    elif block_d > 64:
+        block_m, block_n, num_warps, num_stages = 128, 64, 8, 3
+    else:
+        block_m, block_n, num_warps, num_stages = 128, 64, 4, 3
+    block_m, block_n = largest_divisor(q_block_size, block_m), largest_divisor(kv_block_size, block_n)
+    while _shared_memory(block_m, block_n, num_stages, block_d, itemsize) > shared_memory:
+        if num_stages > 1:
+            num_stages -= 1
+        elif block_n > 16:
+            block_n //= 2
+        elif block_m > 16:
+            block_m //= 2
+        else:
+            break
+    if block_m < 64:
+        num_warps = 4
+    return ForwardConfig(block_m, block_n, num_warps, num_stages, descriptors)
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The next power of two, at least 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def largest_divisor(block_size: int, limit: int) -> int:
+    """The largest power of two up to `limit` that divides `block_size`."""
+    return min(limit, block_size & -block_size)
+
+
+def _shared_memory(block_m: int, block_n: int, num_stages: int, block_d: int, itemsize: int) -> int:
+    """Estimated bytes: the query tile, the key and value tiles in flight, and some room for barriers and layouts."""
+    return (block_m + 2 * num_stages * block_n) * block_d * itemsize + 2 * KILOBYTE
