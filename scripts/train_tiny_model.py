@@ -61,8 +61,8 @@ class Config:
     text_length: int = 40
     # Budgets, seconds.
     vae_seconds: float = 270.0
-    dit_seconds: float = 620.0
-    checker_seconds: float = 60.0
+    dit_seconds: float = 650.0
+    checker_seconds: float = 65.0
     # Training.
     vae_lr: float = 2e-3
     vae_batch: int = 8
@@ -559,19 +559,16 @@ def train_dit(c: Config, clock: Clock, work_dir: Path, device: torch.device) -> 
         for optimizer, lr in ((muon, c.muon_lr), (adam, c.adam_lr)):
             for group in optimizer.param_groups:
                 group["lr"] = lr * rate
-        # First short clips, then long ones, then both sizes; a few shorter ones all along.
-        if share < 0.12:
-            name, frames, batch = "small", min(5, full), c.batch_short
-        elif share < 0.42:
-            name, frames, batch = "small", full, c.batch_small
-        elif step % 4 == 0:
-            name, frames, batch = "small", full, c.batch_small
-        else:
-            name, frames, batch = "large", full, c.batch_large
-        if share >= 0.12 and step % 10 == 5:
-            frames, batch = min(5, full), batch * 4
-        elif share >= 0.12 and step % 10 == 9:
-            frames, batch = min(13, full), int(batch * 1.5)
+        # First short clips, then long ones, then both sizes; a few shorter ones all along. Every pair of size and
+        # length is compiled once, so there are only five.
+        name = "large" if share >= 0.42 and step % 4 else "small"
+        frames, batch = full, c.batch_large if name == "large" else c.batch_small
+        if share < 0.12 or (name == "small" and step % 12 == 4):
+            frames, batch = min(5, full), c.batch_short
+        elif name == "small" and step % 12 == 8:
+            frames, batch = min(13, full), c.batch_small * 3 // 2
+        elif name == "large" and step % 12 == 9:
+            frames, batch = min(9, full), c.batch_large * 2
         generator = torch.Generator().manual_seed(c.seed * 1_000_003 + step)
         rng = random.Random(f"dit {c.seed} {step}")
         index = torch.randint(len(specs[name]), (batch,), generator=generator)
