@@ -1,0 +1,60 @@
+"""sparse_attention: the one path from query, key and value to the output, whatever the method."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from vidsparse.errors import ConfigError
+from vidsparse_kernels import BlockMask, block_sparse_attention
+
+if TYPE_CHECKING:
+    from vidsparse.processors.context import AttentionContext
+
+
+def sparse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    context: AttentionContext | BlockMask,
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Attention over the blocks that the context (or a bare block mask) selects, exact on those blocks.
+
+    Args:
+        query, key, value: `[batch, seq_len, num_heads, head_dim]`, any strides, one dtype.
+        context: from a bound processor, or a BlockMask.
+        scale: factor on query . key, default 1 / sqrt(head_dim).
+        backend: a backend of `vidsparse_kernels.block_sparse_attention`, default what the context says, else "auto".
+
+    Returns:
+        Output with the shape and dtype of `query`. Differentiable in query, key and value, also under torch.compile.
+
+    Raises:
+        ConfigError: the context selects nothing.
+        ValueError: a shape, dtype or device does not fit the mask.
+
+    Example:
+        >>> mask = radial_block_mask(LatentGrid(5, 8, 8), q_block_size=64, kv_block_size=64)
+        >>> q = k = v = torch.randn(1, 320, 2, 64)
+        >>> sparse_attention(q, k, v, mask).shape
+        torch.Size([1, 320, 2, 64])
+    """
+    if isinstance(context, BlockMask):
+        block_mask, backend = context, backend or "auto"
+    else:
+        block_mask, backend = context.block_mask, backend or context.backend
+    if block_mask is None:
+        raise ConfigError("The context of a dense call selects no blocks; call the model's dense attention instead.")
+    if torch.compiler.is_compiling():
+        from vidsparse.ops import block_sparse_attention_op
+
+        return block_sparse_attention_op(query, key, value, block_mask, scale=scale, backend=backend)
+    if block_mask.device != query.device:
+        block_mask = block_mask.to(query.device)
+    out = block_sparse_attention(query, key, value, block_mask, scale=scale, backend=backend)
+    assert isinstance(out, torch.Tensor)
+    return out

@@ -1,0 +1,1 @@
+"""Static block masks: one file each."""

@@ -1,0 +1,52 @@
+"""Published methods, one file each, and the one list of their names."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from vidsparse.errors import ConfigError
+from vidsparse.methods.dense import DenseConfig, DenseProcessor
+from vidsparse.methods.radial import RadialConfig, RadialProcessor
+from vidsparse.schedule import Schedule
+
+if TYPE_CHECKING:
+    from vidsparse.processors.base import SparseProcessor
+
+PROCESSORS: dict[str, type[SparseProcessor]] = {
+    "radial": RadialProcessor,
+    "dense": DenseProcessor,
+}
+
+
+def processor_class(method: str) -> type[SparseProcessor]:
+    """The processor of a method.
+
+    Raises:
+        ConfigError: no method has this name.
+    """
+    if method not in PROCESSORS:
+        raise ConfigError(f"`method` must be one of {', '.join(PROCESSORS)}, got {method!r}.")
+    return PROCESSORS[method]
+
+
+def method_options(method: str) -> dict[str, object]:
+    """Names and defaults of the options that a method takes, its own first, then those of its schedule.
+
+    Raises:
+        ConfigError: no method has this name.
+    """
+    config = processor_class(method).config_class()
+    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "schedule"}
+    return own | {f.name: getattr(config.schedule, f.name) for f in dataclasses.fields(Schedule)}
+
+
+__all__ = [
+    "PROCESSORS",
+    "DenseConfig",
+    "DenseProcessor",
+    "RadialConfig",
+    "RadialProcessor",
+    "method_options",
+    "processor_class",
+]

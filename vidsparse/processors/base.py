@@ -1,0 +1,117 @@
+"""SparseProcessor: what a user hands to `set_attn_processor`; it holds a recipe and binds to the model."""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from vidsparse.errors import UnboundProcessorError
+from vidsparse.plan import Plan
+from vidsparse.recipe import Recipe
+from vidsparse.report import Report
+
+if TYPE_CHECKING:
+    from vidsparse.layout import LatentGrid, TokenLayout
+    from vidsparse.processors.context import RunState
+    from vidsparse_kernels import BlockMask
+
+
+class SparseProcessor(ABC):
+    """A method with its settings, ready to be set on one or more transformers.
+
+    Setting it on a model binds one light processor per video self-attention and leaves every other attention alone.
+    Nothing that belongs to a run is kept here, so one processor may serve several models; each keeps its own state.
+
+    Args:
+        recipe: method and settings; default from `options`.
+        strict: raise DenseFallbackError where a call would run dense, or on a slow backend on a GPU, without the recipe
+            asking for it.
+        options: fields of the method's config and of `Schedule`.
+
+    Raises:
+        ConfigError: an option is unknown or out of range, or the recipe is another method's.
+    """
+
+    method: ClassVar[str]
+    config_class: ClassVar[type]
+    always_dense: ClassVar[bool] = False
+
+    def __init__(self, recipe: Recipe | None = None, *, strict: bool = False, **options: Any) -> None:
+        from vidsparse.errors import ConfigError
+        from vidsparse.processors.binding import install
+
+        if recipe is None:
+            recipe = Recipe.from_options(self.method, **options)
+        elif options:
+            raise ConfigError(f"Give a recipe or options, not both; got a recipe and {', '.join(options)}.")
+        if recipe.method != self.method:
+            raise ConfigError(f"{type(self).__name__} takes recipes of {self.method!r}, got one of {recipe.method!r}.")
+        self.recipe = recipe
+        self.strict = strict
+        self._runs: list[weakref.ref[RunState]] = []
+        install()
+
+    @property
+    def config(self) -> Any:
+        return self.recipe.config
+
+    @abstractmethod
+    def layout(self, grid: LatentGrid, text_before: int = 0, text_after: int = 0) -> TokenLayout:
+        """Blocks over the tokens of a grid and the text beside it."""
+
+    @abstractmethod
+    def build_mask(self, layout: TokenLayout, device: Any) -> tuple[BlockMask, str | None]:
+        """The block mask for a layout on a device, and a note for the report or None."""
+
+    def report(self) -> Report:
+        """What ran in the last (or current) generation, over all models this processor is bound to."""
+        return Report.merged(run.report for ref in self._runs if (run := ref()) is not None)
+
+    def plan(self, grid: LatentGrid, num_steps: int, num_layers: int) -> Plan:
+        """What a generation on `grid` will compute; builds the mask once, on the CPU."""
+        layout = self.layout(grid)
+        mask, note = self.build_mask(layout, "cpu")
+        schedule = self.recipe.schedule
+
+        def cell(step: int, layer: int) -> float:
+            dense = self.always_dense or schedule.dense_reason(step, num_steps, layer, layout.seq_len)
+            return 1.0 if dense else mask.density
+
+        return Plan(
+            method=self.method,
+            grid=grid,
+            num_steps=num_steps,
+            block_size=layout.block_size,
+            block_density=1.0 if self.always_dense else mask.density,
+            density=tuple(tuple(cell(step, layer) for step in range(num_steps)) for layer in range(num_layers)),
+            dense_steps=tuple(
+                step for step in range(num_steps) if self.always_dense or schedule.is_dense_step(step, num_steps)
+            ),
+            dense_layers=tuple(
+                layer for layer in range(num_layers) if self.always_dense or layer < schedule.dense_layers
+            ),
+            note=note,
+        )
+
+    def watch(self, run: RunState) -> None:
+        """Include the report of a run in `report()`, as long as it lives."""
+        self._runs = [ref for ref in self._runs if (known := ref()) is not None and known is not run]
+        self._runs.append(weakref.ref(run))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseProcessor:
+        # Shared on purpose: it holds settings, and weak references do not copy.
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.recipe, self.strict)
+
+    def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        raise UnboundProcessorError(
+            f"{type(self).__name__} was called without being bound to a model; set it with "
+            "`transformer.set_attn_processor(processor)` or `vidsparse.apply(pipe, ...)`, not on one attention module."
+        )
+
+
+def _rebuild(cls: type[SparseProcessor], recipe: Recipe, strict: bool) -> SparseProcessor:
+    return cls(recipe, strict=strict)

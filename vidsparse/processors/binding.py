@@ -1,0 +1,256 @@
+"""Binding a processor to a transformer: layers, grid, step and branch, and how all of it is undone.
+
+A bound model carries a forward pre-hook and a forward hook of torch, one light processor per video self-attention, and
+an instance attribute over `cache_context`. Torch's hooks run outside the wrappers that offload, context parallelism and
+caches put around `module.forward`, so they see whole inputs, and removing them leaves those wrappers as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from vidsparse.errors import DenseFallbackError, UnsupportedModelError
+from vidsparse.processors.base import SparseProcessor
+from vidsparse.processors.context import AttentionContext, RunState
+from vidsparse.processors.families import Family, family_of
+from vidsparse.report import Row
+from vidsparse.schedule import ASKED_FOR, METHOD_DENSE, UNKNOWN_STEP
+
+CONTEXT_PARALLEL = "context parallelism"
+FAST_ON_CUDA = frozenset({"triton", "hopper", "flash4", "flex"})
+BINDING = "_vidsparse_binding"
+
+
+def install() -> None:
+    """Teach `set_attn_processor` of diffusers to bind vidsparse processors; anything else passes through unchanged.
+
+    Runs when the first processor is made, and once.
+    """
+    from diffusers.models.attention import AttentionMixin
+
+    original = AttentionMixin.set_attn_processor
+    if getattr(original, "vidsparse_installed", False):
+        return
+
+    @functools.wraps(original)
+    def set_attn_processor(self: Any, processor: Any) -> None:
+        if isinstance(processor, SparseProcessor):
+            bind(processor, self)
+        else:
+            unbind(self)
+            original(self, processor)
+
+    set_attn_processor.vidsparse_installed = True  # pyright: ignore[reportFunctionMemberAccess]
+    AttentionMixin.set_attn_processor = set_attn_processor
+
+
+def bind(processor: SparseProcessor, model: Any, *, run: RunState | None = None, label: str = "") -> Binding:
+    """Attach a processor to a transformer in place of whatever vidsparse processor it had.
+
+    Args:
+        processor: method and settings.
+        model: a transformer of a supported family.
+        run: state to share with another transformer of the same generation; default its own.
+        label: put before the layer names in the report.
+
+    Raises:
+        UnsupportedModelError: the family is unknown or the model's processors are not the family's own.
+    """
+    from vidsparse.processors.delegate import LayerProcessor, make_layer
+
+    family = family_of(model)
+    unbind(model)
+    saved: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "set_processor") and family.is_target(name, module):
+            saved[name] = module.processor
+    if not saved:
+        raise UnsupportedModelError(f"{type(model).__name__} has no video self-attention that vidsparse could take.")
+    prefix = f"{label}." if label else ""
+    layers = []
+    for index, (name, original) in enumerate(saved.items()):
+        if isinstance(original, LayerProcessor):
+            raise UnsupportedModelError(
+                f"{name} holds a layer processor of another binding; set the family's own processors first."
+            )
+        layers.append(make_layer(original, index=index, name=prefix + name, strict=processor.strict))
+    binding = Binding(processor, family, run or RunState(), layers, saved)
+    binding.attach(model)
+    processor.watch(binding.run)
+    return binding
+
+
+def unbind(model: Any) -> None:
+    """Undo `bind`: the processors from before are back, and nothing of vidsparse is left on the model."""
+    binding = vars(model).get(BINDING)
+    if binding is not None:
+        binding.detach(model)
+
+
+class Binding:
+    """One processor on one transformer."""
+
+    def __init__(
+        self, processor: SparseProcessor, family: Family, run: RunState, layers: list[Any], saved: dict[str, Any]
+    ) -> None:
+        self.processor, self.family, self.run = processor, family, run
+        self.layers, self.saved = layers, saved
+        self._handles: list[Any] = []
+        self._parameters: tuple[str, ...] = ()
+        self._rows: list[Row] = []
+
+    def attach(self, model: Any) -> None:
+        for name, layer in zip(self.saved, self.layers, strict=True):
+            model.get_submodule(name).set_processor(layer)
+        self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        self._handles = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after),
+        ]
+        if hasattr(type(model), "cache_context"):
+            model.cache_context = _CacheContext(model, self.run)
+        setattr(model, BINDING, self)
+
+    def detach(self, model: Any) -> None:
+        for name, layer in zip(self.saved, self.layers, strict=True):
+            module = model.get_submodule(name)
+            # What the user set in between stays.
+            if module.processor is layer:
+                original = self.saved[name]
+                for choice in ("_attention_backend", "_parallel_config"):
+                    if hasattr(original, choice):
+                        _carry(choice, layer, original)
+                module.set_processor(original)
+            layer.context = None
+        for handle in self._handles:
+            handle.remove()
+        vars(model).pop("cache_context", None)
+        vars(model).pop(BINDING, None)
+
+    @torch.compiler.disable
+    def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
+        processor, run = self.processor, self.run
+        hidden_states = arguments[self.family.hidden_states]
+        grad = torch.is_grad_enabled()
+        training = grad and model.training
+        run.start_forward(arguments.get(self.family.timestep), training)
+        layout = processor.layout(self.family.grid(arguments, model.config))
+        reasons = [self._dense_reason(layer, layout.seq_len, training) for layer in self.layers]
+        if processor.strict:
+            self._check_strict(reasons)
+        mask, backend, backend_reason = None, "dense", None
+        if None in reasons:
+            mask = run.mask(processor, layout, hidden_states.device)
+            needs_grad = grad and (hidden_states.requires_grad or any(p.requires_grad for p in model.parameters()))
+            backend, backend_reason = self._select_backend(model, hidden_states, mask, needs_grad)
+        self._rows = []
+        for layer, reason in zip(self.layers, reasons, strict=True):
+            sparse = reason is None
+            layer.context = AttentionContext(
+                layer_index=layer.layer_index,
+                layer_count=len(self.layers),
+                step_index=run.step,
+                step_count=run.num_steps,
+                branch=run.branch,
+                layout=layout,
+                block_mask=mask if sparse else None,
+                backend=backend if sparse else "auto",
+            )
+            layer.sparse, layer.called, layer.late_reason = sparse, False, None
+            if training:
+                layer.recent[layout.seq_len] = layer.context
+                while len(layer.recent) > 4:
+                    layer.recent.pop(next(iter(layer.recent)))
+            else:
+                layer.recent.clear()
+            self._rows.append(
+                Row(
+                    layer=layer.layer_index,
+                    name=layer.layer_name,
+                    step=run.step,
+                    branch=run.branch,
+                    backend=backend if sparse else "dense",
+                    density=mask.density if sparse and mask is not None else 1.0,
+                    tokens=layout.seq_len,
+                    reason=reason,
+                    backend_reason=backend_reason if sparse else None,
+                )
+            )
+
+    @torch.compiler.disable
+    def _after(self, model: Any, args: tuple[Any, ...], output: Any) -> None:
+        for layer, row in zip(self.layers, self._rows, strict=False):
+            if not layer.called:
+                continue
+            if layer.late_reason is not None:
+                row = Row(row.layer, row.name, row.step, row.branch, "dense", 1.0, row.tokens, layer.late_reason)
+            self.run.report.add(row)
+        self._rows = []
+
+    def _dense_reason(self, layer: Any, seq_len: int, training: bool) -> str | None:
+        if self.processor.always_dense:
+            return METHOD_DENSE
+        schedule, run = self.processor.recipe.schedule, self.run
+        if run.step is None and not training and (schedule.warmup_steps != 0 or schedule.cooldown_steps):
+            return UNKNOWN_STEP
+        reason = schedule.dense_reason(run.step, run.num_steps, layer.layer_index, seq_len)
+        if reason is None and layer._parallel_config is not None:
+            return CONTEXT_PARALLEL
+        return reason
+
+    def _check_strict(self, reasons: list[str | None]) -> None:
+        for layer, reason in zip(self.layers, reasons, strict=True):
+            if reason is not None and reason not in ASKED_FOR:
+                raise DenseFallbackError(
+                    f"Layer {layer.layer_name} would run dense at step {self.run.step} ({reason}), which the recipe "
+                    "does not ask for; change the setting or turn off `strict`."
+                )
+
+    def _select_backend(self, model: Any, hidden_states: Any, mask: Any, needs_grad: bool) -> tuple[str, str]:
+        from vidsparse_kernels import select_backend
+
+        attention = model.get_submodule(next(iter(self.saved)))
+        device = hidden_states.device
+        dtype = hidden_states.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        shape = (hidden_states.shape[0], mask.seq_len_q, attention.heads, attention.inner_dim // attention.heads)
+        probe = torch.empty((1, 1, 1, 1), dtype=dtype, device=device).expand(shape)
+        name, reason = select_backend(probe, probe, probe, mask, requires_grad=needs_grad)
+        if device.type == "cuda" and name not in FAST_ON_CUDA:
+            self.run.report.note(f'slow backend "{name}" on {device.type}: {reason}')
+            if self.processor.strict:
+                raise DenseFallbackError(
+                    f'Sparse attention would run on the slow backend "{name}" ({reason}); turn off `strict` to allow it.'
+                )
+        return name, reason
+
+
+class _CacheContext:
+    """Stands over a model's `cache_context`: tells the run what the pipeline says, then does what the class does."""
+
+    def __init__(self, model: Any, run: RunState) -> None:
+        self.model, self.run = model, run
+
+    @contextlib.contextmanager
+    def __call__(self, name: str, **kwargs: Any) -> Iterator[None]:
+        self.run.enter(name, kwargs.get("step_index"), kwargs.get("num_inference_steps"))
+        try:
+            with type(self.model).cache_context(self.model, name, **kwargs):
+                yield
+        finally:
+            self.run.leave()
+
+
+def _carry(attribute: str, source: Any, target: Any) -> None:
+    """Hand a choice made while bound (attention backend, parallel config) back to the family's processor."""
+    value = getattr(source, attribute)
+    if getattr(target, attribute) is not value:
+        setattr(target, attribute, value)

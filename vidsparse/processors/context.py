@@ -1,0 +1,146 @@
+"""Where an attention call stands: layer, step, branch, layout; and the state of one generation behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vidsparse.layout import TokenLayout
+from vidsparse.report import Report
+
+if TYPE_CHECKING:
+    from vidsparse.processors.base import SparseProcessor
+    from vidsparse_kernels import BlockMask
+
+MAX_MASKS = 4
+"""Layouts whose masks are kept; training on mixed lengths comes back to the same few."""
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """What one attention call knows about itself. Made for every layer before each forward of the model.
+
+    Attributes:
+        layer_index: position among the model's sparse-capable layers.
+        layer_count: number of those layers.
+        step_index: denoising step 0..N-1, None outside a generation (training).
+        step_count: steps of the generation, None when nobody said.
+        branch: guidance branch as the pipeline names it, or None.
+        layout: the tokens.
+        block_mask: the blocks to compute, None in a dense call.
+        backend: backend of `vidsparse_kernels.block_sparse_attention`; "auto" lets it choose at the call.
+        generator: for methods that draw random numbers; none does yet.
+    """
+
+    layer_index: int
+    layer_count: int
+    step_index: int | None
+    step_count: int | None
+    branch: str | None
+    layout: TokenLayout
+    block_mask: BlockMask | None = None
+    backend: str = "auto"
+    generator: torch.Generator | None = None
+
+
+class RunState:
+    """State of one generation, shared by the transformers that take part in it (Wan 2.2 has two).
+
+    Args:
+        num_steps: asked for the number of steps when the model's forward is not told.
+    """
+
+    def __init__(self, num_steps: Callable[[], int | None] | None = None) -> None:
+        self.report = Report()
+        self.masks: dict[tuple[TokenLayout, str], tuple[BlockMask, str | None]] = {}
+        self._ask_num_steps = num_steps
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget step and branch; the report is cleared when the next generation starts, so it can be read until then."""
+        self.step: int | None = None
+        self.num_steps: int | None = None
+        self.branch: str | None = None
+        self._in_context = False
+        self._counted = False
+        self._entries: dict[str, int] = {}
+        self._last_timestep: float | None = None
+        self._calls_at_timestep = 0
+        self._starting = True
+
+    def enter(self, branch: str, step_index: int | None, num_steps: int | None) -> None:
+        """The pipeline opened a cache context for one forward; older diffusers give no index, so entries are counted."""
+        if step_index is not None:
+            again = step_index == 0 and self._entries.get(branch) == 0
+            if again or (self.step is not None and step_index < self.step):
+                self.reset()
+            self._entries[branch] = step_index
+        else:
+            self._entries[branch] = self._entries.get(branch, -1) + 1
+        self.step = self._entries[branch]
+        self.branch = branch
+        self._counted = step_index is None
+        self._in_context = True
+        self.num_steps = num_steps
+
+    def leave(self) -> None:
+        self._in_context = False
+
+    def start_forward(self, timestep: Any, training: bool) -> None:
+        """Settle step and branch for a forward that begins now.
+
+        Args:
+            timestep: the model's timestep argument. Read (one value, waits for the device) only when the pipeline gives
+                no step index.
+            training: gradients are recorded and the model trains: there is no step then.
+        """
+        if not self._in_context and training:
+            self.step = self.num_steps = self.branch = None
+        elif not self._in_context or self._counted:
+            self._observe(timestep)
+        if self.num_steps is None and self.step is not None and self._ask_num_steps is not None:
+            self.num_steps = self._ask_num_steps()
+        if self._starting:
+            self.report.clear()
+            self._starting = False
+
+    def _observe(self, timestep: Any) -> None:
+        if timestep is None:
+            self.step = None
+            return
+        # Image-to-video with a timestep per token has 0 on the given frame, so the largest is the true one.
+        value = float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep)
+        if self._last_timestep is not None and value > self._last_timestep:
+            branch, counted, in_context = self.branch, self._counted, self._in_context
+            self.reset()
+            if in_context and branch is not None:
+                self._entries[branch], self.step = 0, 0
+                self.branch, self._counted, self._in_context = branch, counted, True
+        if not self._in_context:
+            if value != self._last_timestep:
+                self.step = 0 if self.step is None or self._last_timestep is None else self.step + 1
+                self._calls_at_timestep = 0
+            self.branch = f"call {self._calls_at_timestep}"
+            self._calls_at_timestep += 1
+        self._last_timestep = value
+
+    def mask(self, processor: SparseProcessor, layout: TokenLayout, device: torch.device) -> BlockMask:
+        """The processor's mask for a layout, built once per layout and device."""
+        where = (layout, str(device))
+        if where not in self.masks:
+            while len(self.masks) >= MAX_MASKS:
+                self.masks.pop(next(iter(self.masks)))
+            self.masks[where] = processor.build_mask(layout, device)
+        mask, note = self.masks[where]
+        if note is not None:
+            self.report.note(note)
+        return mask
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RunState:
+        # A copied model starts its own generation; the pipeline it asks for the number of steps stays the same.
+        copy = RunState(self._ask_num_steps)
+        memo[id(self)] = copy
+        return copy

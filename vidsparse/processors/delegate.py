@@ -1,0 +1,152 @@
+"""The per-layer processor: the family's own `__call__` with only its attention call replaced."""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+from vidsparse.attention import sparse_attention
+from vidsparse.errors import DenseFallbackError, UnboundProcessorError, UnsupportedModelError
+from vidsparse.processors.context import AttentionContext
+
+ATTENTION_MASK = "attention mask given"
+
+
+class LayerProcessor:
+    """Mixed into a subclass of the family's processor; one instance per layer.
+
+    The binding writes `sparse` and `context` before every forward. The traced code reads only the flag and the mask's
+    tensors, so torch.compile makes one graph for sparse and one for dense calls, whatever the layer or step.
+    """
+
+    layer_index: int
+    layer_name: str
+    strict: bool
+    sparse: bool
+    context: AttentionContext | None
+    called: bool
+    late_reason: str | None
+    recent: dict[int, AttentionContext]
+    _attention_backend: Any
+    _parallel_config: Any
+
+    @property
+    def vidsparse_layer(self) -> LayerProcessor:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The class is made at run time: name the family's class instead.
+        base = type(self).__mro__[2]
+        return _restore, (base, dict(vars(self)))
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Attention of this layer on `[batch, seq_len, num_heads, head_dim]`, sparse or dense as the context says."""
+        context = self.context
+        if context is None:
+            raise UnboundProcessorError(
+                "A vidsparse layer processor was called outside its model's forward; set a processor on the whole "
+                "transformer with `set_attn_processor`, and do not reuse processors read from another model."
+            )
+        sparse = self.sparse
+        if sparse and kwargs.get("attn_mask") is not None:
+            # The mask would have to be cut into blocks; dense attention is exact.
+            if self.strict:
+                raise DenseFallbackError(
+                    f"Layer {self.layer_name} got an attention mask, which radial attention cannot take, so it would "
+                    "run dense; turn off `strict` or the mask."
+                )
+            self.late_reason = ATTENTION_MASK
+            sparse = False
+        if not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
+            # Not inside a compiled checkpoint, where nothing outside may be written.
+            self.called = True
+        if not sparse:
+            return dispatch_attention_fn(
+                query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config, **kwargs
+            )
+        if not torch.compiler.is_compiling() and query.shape[1] != context.layout.seq_len:
+            # Gradient checkpointing may replay an earlier forward with another length.
+            context = self.recent.get(query.shape[1], context)
+        return sparse_attention(query, key, value, context, scale=kwargs.get("scale"))
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    attention_kwargs: dict[str, Any] | None = None,
+    *,
+    backend: Any,
+    parallel_config: Any = None,
+) -> torch.Tensor:
+    """Stands where the family's code calls `dispatch_attention_fn`; `backend` arrives as the layer's processor."""
+    return backend.attend(
+        query,
+        key,
+        value,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        attention_kwargs=attention_kwargs,
+    )
+
+
+@functools.cache
+def delegate_class(base: type) -> type:
+    """A subclass of a family's processor whose attention call is ours.
+
+    Its `__call__` is the family's code with the family's globals, but `dispatch_attention_fn` is `attend` and the
+    attribute `_attention_backend` is read as `vidsparse_layer`, which is how `attend` learns the layer. The code object
+    is shared by all layers, so torch.compile sees one function; diffusers still reads and writes the real
+    `_attention_backend`.
+
+    Raises:
+        UnsupportedModelError: the processor does not call `dispatch_attention_fn` with its own backend.
+    """
+    call: Any = vars(base).get("__call__") or base.__call__
+    code = getattr(call, "__code__", None)
+    if code is None or not {"dispatch_attention_fn", "_attention_backend"} <= set(code.co_names):
+        raise UnsupportedModelError(
+            f"{base.__name__} does not compute attention through `dispatch_attention_fn`; reset the model's attention "
+            "processors before setting a vidsparse one."
+        )
+    names = tuple("vidsparse_layer" if name == "_attention_backend" else name for name in code.co_names)
+    function = types.FunctionType(
+        code.replace(co_names=names),
+        {**call.__globals__, "dispatch_attention_fn": attend},
+        call.__name__,
+        call.__defaults__,
+        call.__closure__,
+    )
+    function.__kwdefaults__ = call.__kwdefaults__
+    function.__annotations__ = dict(call.__annotations__)
+    return type(f"Sparse{base.__name__}", (LayerProcessor, base), {"__call__": function, "__doc__": base.__doc__})
+
+
+def make_layer(original: Any, *, index: int, name: str, strict: bool) -> Any:
+    """A layer processor that takes over the attributes of the processor it stands in for."""
+    layer = _restore(type(original), dict(vars(original)))
+    layer.layer_index, layer.layer_name, layer.strict = index, name, strict
+    layer.sparse, layer.called, layer.late_reason = False, False, None
+    layer.context, layer.recent = None, {}
+    layer._attention_backend = getattr(original, "_attention_backend", None)
+    layer._parallel_config = getattr(original, "_parallel_config", None)
+    return layer
+
+
+def _restore(base: type, state: dict[str, Any]) -> Any:
+    cls = delegate_class(base)
+    layer = cls.__new__(cls)
+    layer.__dict__.update(state)
+    return layer

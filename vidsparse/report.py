@@ -1,0 +1,196 @@
+"""What ran: one row per layer, step, branch and way of running, for one generation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from vidsparse.schedule import ASKED_FOR
+
+MAX_ROWS = 200_000
+"""Rows kept per generation (40 layers x 50 steps x 2 branches are 4,000); calls beyond are only counted."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Attention calls of one layer in one step and branch that ran in the same way.
+
+    Attributes:
+        layer: index among the layers that may be sparse.
+        name: module path of the layer.
+        step: denoising step, None outside a generation (training).
+        branch: guidance branch as the pipeline names it ("cond", "uncond"), None where it does not.
+        backend: "dense" or the backend of the block-sparse call.
+        density: computed blocks / all blocks; 1.0 when dense.
+        tokens: sequence length.
+        reason: why it ran dense, None when sparse.
+        backend_reason: why this backend, in the words of the kernels package; None when dense.
+        calls: number of calls.
+        milliseconds: time of all calls together, None when not measured.
+    """
+
+    layer: int
+    name: str
+    step: int | None
+    branch: str | None
+    backend: str
+    density: float
+    tokens: int
+    reason: str | None = None
+    backend_reason: str | None = None
+    calls: int = 1
+    milliseconds: float | None = None
+
+    @property
+    def is_fallback(self) -> bool:
+        """Dense for a reason that the recipe did not ask for."""
+        return self.reason is not None and self.reason not in ASKED_FOR
+
+
+class Report:
+    """Rows of one generation, newest settings last; memory is bounded.
+
+    Attributes:
+        notes: sentences about the run as a whole, such as a density that could not be reached.
+        dropped_calls: calls that are counted but have no row of their own.
+    """
+
+    def __init__(self, rows: Iterable[Row] = (), notes: Iterable[str] = ()) -> None:
+        self._rows: dict[tuple[Any, ...], Row] = {}
+        self.notes: list[str] = list(dict.fromkeys(notes))
+        self.dropped_calls = 0
+        for row in rows:
+            self.add(row)
+
+    @property
+    def rows(self) -> list[Row]:
+        return list(self._rows.values())
+
+    def add(self, row: Row) -> None:
+        """Add a row, or its calls to the row that is equal but for the number of calls and the time."""
+        identity = (row.layer, row.name, row.step, row.branch, row.backend, row.density, row.tokens, row.reason)
+        present = self._rows.get(identity)
+        if present is not None:
+            times = [t for t in (present.milliseconds, row.milliseconds) if t is not None]
+            total = sum(times) if times else None
+            self._rows[identity] = replace(present, calls=present.calls + row.calls, milliseconds=total)
+        elif len(self._rows) < MAX_ROWS:
+            self._rows[identity] = row
+        else:
+            self.dropped_calls += row.calls
+
+    def note(self, sentence: str) -> None:
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
+    def clear(self) -> None:
+        self._rows.clear()
+        self.notes.clear()
+        self.dropped_calls = 0
+
+    @property
+    def num_calls(self) -> int:
+        return sum(row.calls for row in self.rows) + self.dropped_calls
+
+    @property
+    def num_sparse_calls(self) -> int:
+        return sum(row.calls for row in self.rows if row.reason is None)
+
+    @property
+    def sparse_density(self) -> float | None:
+        """Mean density of the sparse calls, None when there were none."""
+        calls = self.num_sparse_calls
+        if calls == 0:
+            return None
+        return sum(row.density * row.calls for row in self.rows if row.reason is None) / calls
+
+    @property
+    def mean_density(self) -> float | None:
+        """Mean density of all calls, dense ones as 1.0; None when there were none."""
+        calls = sum(row.calls for row in self.rows)
+        return sum(row.density * row.calls for row in self.rows) / calls if calls else None
+
+    @property
+    def dense_calls(self) -> dict[str, int]:
+        """Number of dense calls by reason, most frequent first."""
+        counts: dict[str, int] = {}
+        for row in self.rows:
+            if row.reason is not None:
+                counts[row.reason] = counts.get(row.reason, 0) + row.calls
+        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+    @property
+    def fallbacks(self) -> list[Row]:
+        """Rows that ran dense although the recipe did not ask for it."""
+        return [row for row in self.rows if row.is_fallback]
+
+    @property
+    def backends(self) -> dict[str, int]:
+        """Number of calls by backend."""
+        counts: dict[str, int] = {}
+        for row in self.rows:
+            counts[row.backend] = counts.get(row.backend, 0) + row.calls
+        return counts
+
+    def matrix(self) -> tuple[list[int], list[int | None], list[list[float | None]]]:
+        """Mean density as layers x steps.
+
+        Returns:
+            Layer indices, step indices, and one list per layer with one density per step (None: not called).
+        """
+        layers = sorted({row.layer for row in self.rows})
+        steps = sorted({row.step for row in self.rows}, key=lambda step: -1 if step is None else step)
+        sums: dict[tuple[int, int | None], tuple[float, int]] = {}
+        for row in self.rows:
+            total, calls = sums.get((row.layer, row.step), (0.0, 0))
+            sums[row.layer, row.step] = (total + row.density * row.calls, calls + row.calls)
+        cells: list[list[float | None]] = [
+            [sums[layer, step][0] / sums[layer, step][1] if (layer, step) in sums else None for step in steps]
+            for layer in layers
+        ]
+        return layers, steps, cells
+
+    def summary(self) -> str:
+        """One line: "density 0.46 in 450 of 600 calls; dense: warm-up step 120 calls, dense layer 30 calls"."""
+        if self.num_calls == 0:
+            return "no attention call yet"
+        density = self.sparse_density
+        parts = [
+            f"no sparse call among {self.num_calls} calls"
+            if density is None
+            else f"density {density:.2f} in {self.num_sparse_calls} of {self.num_calls} calls"
+        ]
+        if self.dense_calls:
+            parts.append(
+                "dense: " + ", ".join(f"{reason} {calls} calls" for reason, calls in self.dense_calls.items())
+            )
+        return "; ".join(parts + self.notes)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: summary, totals, matrix and rows."""
+        layers, steps, cells = self.matrix()
+        return {
+            "summary": self.summary(),
+            "num_calls": self.num_calls,
+            "num_sparse_calls": self.num_sparse_calls,
+            "sparse_density": self.sparse_density,
+            "mean_density": self.mean_density,
+            "dense_calls": self.dense_calls,
+            "backends": self.backends,
+            "notes": list(self.notes),
+            "dropped_calls": self.dropped_calls,
+            "matrix": {"layers": layers, "steps": steps, "density": cells},
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    @classmethod
+    def merged(cls, reports: Iterable[Report]) -> Report:
+        """One report with the rows and notes of several."""
+        reports = list(reports)
+        merged = cls((row for report in reports for row in report.rows), (n for r in reports for n in r.notes))
+        merged.dropped_calls += sum(report.dropped_calls for report in reports)
+        return merged

@@ -1,0 +1,89 @@
+"""Which denoising steps and layers run dense attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vidsparse.errors import ConfigError
+
+ASSUMED_WARMUP_STEPS = 12
+"""Warm-up when nobody says how many steps there are: 12 of 50, as in Radial Attention (arXiv 2506.19852, section 5)."""
+
+WARMUP = "warm-up step"
+COOLDOWN = "cool-down step"
+DENSE_LAYER = "dense layer"
+METHOD_DENSE = "method dense"
+SHORT = "sequence below min_tokens"
+UNKNOWN_STEP = "step unknown"
+UNKNOWN_COUNT = f"number of steps unknown: {ASSUMED_WARMUP_STEPS} warm-up steps assumed"
+
+ASKED_FOR = frozenset({WARMUP, COOLDOWN, DENSE_LAYER, METHOD_DENSE})
+"""Reasons that a recipe asks for; any other reason to run dense is a fallback and raises under `strict`."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Dense steps and layers of one generation. A step is an index 0..N-1, not the scheduler's timestep.
+
+    Attributes:
+        warmup_steps: first steps that run dense. None (default): a quarter of the steps, rounded (half to even), as
+            12 of 50 in Radial Attention; 5 of 20, 2 of 8, 1 of 4, 0 of 1. When the number of steps cannot be learned,
+            12.
+        cooldown_steps: last steps that run dense, default 0. Ignored while the number of steps is unknown.
+        dense_layers: first layers that run dense in every step, default 0.
+        min_tokens: sequences shorter than this run dense, in tokens, default 0.
+
+    Raises:
+        ConfigError: a number is negative.
+    """
+
+    warmup_steps: int | None = None
+    cooldown_steps: int = 0
+    dense_layers: int = 0
+    min_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("warmup_steps", "cooldown_steps", "dense_layers", "min_tokens"):
+            value = getattr(self, name)
+            if value is None and name == "warmup_steps":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ConfigError(f"`{name}` must be a whole number of at least 0, got {value!r}.")
+
+    def warmup(self, num_steps: int | None) -> int:
+        """Number of dense first steps of a generation of `num_steps` steps (None: not known)."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return ASSUMED_WARMUP_STEPS if num_steps is None else round(num_steps / 4)
+
+    def is_dense_step(self, step_index: int, num_steps: int | None) -> bool:
+        """Whether every layer of this step runs dense."""
+        return self.step_reason(step_index, num_steps) is not None
+
+    def step_reason(self, step_index: int | None, num_steps: int | None) -> str | None:
+        """Why a step runs dense, or None. `step_index` None means no step at all (training): sparse."""
+        if step_index is None:
+            return None
+        if step_index < self.warmup(num_steps):
+            return UNKNOWN_COUNT if num_steps is None and self.warmup_steps is None else WARMUP
+        if num_steps is not None and step_index >= num_steps - self.cooldown_steps:
+            return COOLDOWN
+        return None
+
+    def dense_reason(
+        self, step_index: int | None, num_steps: int | None, layer_index: int, seq_len: int
+    ) -> str | None:
+        """Why one attention call runs dense, or None when it may be sparse.
+
+        Args:
+            step_index: denoising step, None outside a generation.
+            num_steps: steps of the generation, None when not known.
+            layer_index: position among the model's sparse-capable layers.
+            seq_len: tokens of the sequence.
+        """
+        reason = self.step_reason(step_index, num_steps)
+        if reason is not None:
+            return reason
+        if layer_index < self.dense_layers:
+            return DENSE_LAYER
+        return SHORT if seq_len < self.min_tokens else None
