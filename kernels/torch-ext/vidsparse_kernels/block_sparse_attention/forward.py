@@ -31,16 +31,19 @@ def _load_tile(
 ):  # fmt: skip
     """Tokens start .. start + BLOCK as `[BLOCK, BLOCK_D]`, zeros past the head_dim and, where RAGGED, the length."""
     if DESCRIPTORS:
-        return source.load([batch, head, start, 0]).reshape([BLOCK, BLOCK_D])
-    # [BLOCK], [BLOCK_D]
-    tokens = start + tl.arange(0, BLOCK)
-    dims = tl.arange(0, BLOCK_D)
-    pointers = source + tokens.to(tl.int64)[:, None] * stride_s + dims[None, :] * stride_d
-    if RAGGED:
-        return tl.load(pointers, mask=(tokens < length)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
-    if HEAD_DIM != BLOCK_D:
-        return tl.load(pointers, mask=(dims < HEAD_DIM)[None, :], other=0.0)
-    return tl.load(pointers)
+        loaded = source.load([batch, head, start, 0]).reshape([BLOCK, BLOCK_D])
+    else:
+        # [BLOCK], [BLOCK_D]
+        tokens = start + tl.arange(0, BLOCK)
+        dims = tl.arange(0, BLOCK_D)
+        pointers = source + tokens.to(tl.int64)[:, None] * stride_s + dims[None, :] * stride_d
+        if RAGGED:
+            loaded = tl.load(pointers, mask=(tokens < length)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+        elif HEAD_DIM != BLOCK_D:
+            loaded = tl.load(pointers, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+        else:
+            loaded = tl.load(pointers)
+    return loaded
 
 
 @triton.jit
@@ -233,12 +236,14 @@ def triton_forward(
             Q_BLOCK=block_mask.q_block_size, KV_BLOCK=block_mask.kv_block_size,
             RAGGED_KV=seq_len_kv % config.block_n != 0, HAS_BIAS=bias is not None, STORE_LSE=return_lse,
             DESCRIPTORS=config.descriptors, PRECISION="ieee",
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse
 
 
-def config_for(query: Tensor, key: Tensor, value: Tensor, out: Tensor, block_mask: BlockMask) -> ForwardConfig:
+def config_for(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, block_mask: BlockMask, *, allow_descriptors: bool = True
+) -> ForwardConfig:
     """What the table says for these arguments on their device."""
     capability, shared_memory = None, 64 * 1024
     if query.device.type == "cuda":
@@ -253,7 +258,9 @@ def config_for(query: Tensor, key: Tensor, value: Tensor, out: Tensor, block_mas
         itemsize=query.element_size(),
         q_block_size=block_mask.q_block_size,
         kv_block_size=block_mask.kv_block_size,
-        descriptors_possible=TensorDescriptor is not None and all(_tma_can_read(x) for x in (query, key, value, out)),
+        descriptors_possible=allow_descriptors
+        and TensorDescriptor is not None
+        and all(_tma_can_read(x) for x in (query, key, value, out)),
     )
 
 

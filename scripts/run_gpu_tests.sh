@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Run the GPU tests and the kernel benchmark on this machine's GPU; results go into OUTDIR.
+#   scripts/run_gpu_tests.sh OUTDIR
+# Needs torch, triton and pytest, no installation of vidsparse and no network. VIDSPARSE_COMMIT names the commit where
+# the checkout has no git metadata. Writes gpu_tests.xml (JUnit), gpu_tests.json, block_sparse.json and .txt.
+set -euo pipefail
+if [ $# -ne 1 ]; then
+    echo "usage: $0 OUTDIR" >&2
+    exit 2
+fi
+mkdir -p "$1"
+outdir="$(cd "$1" && pwd)"
+cd "$(dirname "$0")/.."
+export PYTHONPATH=".:kernels/torch-ext:pipelines:lora${PYTHONPATH:+:$PYTHONPATH}"
+export HF_HUB_OFFLINE=1
+if [ -z "${VIDSPARSE_COMMIT:-}" ]; then
+    VIDSPARSE_COMMIT="$(git rev-parse HEAD 2>/dev/null || echo unknown)"
+fi
+export VIDSPARSE_COMMIT
+python="${PYTHON:-python3}"
+
+status=0
+# Only files with GPU tests are collected, so that what the others import need not be installed here.
+mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests)
+"$python" -m pytest -m gpu "${files[@]}" -p no:cacheprovider -q --junitxml="$outdir/gpu_tests.xml" || status=$?
+
+"$python" - "$outdir" "$status" <<'PY'
+import datetime
+import json
+import os
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import torch
+import triton
+
+outdir, status = Path(sys.argv[1]), int(sys.argv[2])
+suites = ElementTree.parse(outdir / "gpu_tests.xml").getroot().iter("testsuite")
+totals = {name: 0 for name in ("tests", "failures", "errors", "skipped")}
+for suite in suites:
+    for name in totals:
+        totals[name] += int(suite.get(name, 0))
+result = {
+    "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    "torch": torch.__version__,
+    "triton": triton.__version__,
+    "commit": os.environ["VIDSPARSE_COMMIT"],
+    "pytest_exit_code": status,
+    **totals,
+}
+(outdir / "gpu_tests.json").write_text(json.dumps(result, indent=1) + "\n")
+print(json.dumps(result))
+PY
+
+if [ "$status" -ne 0 ]; then
+    echo "GPU tests are red: no benchmark." >&2
+    exit "$status"
+fi
+"$python" scripts/bench_block_sparse.py --output "$outdir/block_sparse.json" | tee "$outdir/block_sparse.txt"
