@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,7 +148,7 @@ def generate_many(
     *,
     observer: Observer | None = None,
     loaded: LoadedPipeline | None = None,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Generate several videos that share model and method, loading once. Yields each as soon as it is written.
 
     All settings and outputs are checked before the weights are loaded.
@@ -237,7 +237,8 @@ def _run_one(run: _Run, loaded: LoadedPipeline, handle: Any, observer: Observer)
             stages.enter("write")
             writer.finish()
             stages.leave()
-            report = handle.report() if handle is not None else None
+            # A copy: the handle's own report is cleared by the next generation.
+            report = vidsparse.Report.merged([handle.report()]) if handle is not None else None
             document = _document(run, loaded, report)
             json_path = writer.target.with_suffix(".json")
             if writer.target.suffix == "":

@@ -120,7 +120,7 @@ def _place(pipe: Any, offload: str, device: torch.device) -> None:
     elif offload == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
     elif offload == "group":
-        from diffusers.hooks import apply_group_offloading
+        from diffusers.hooks.group_offloading import apply_group_offloading
 
         for name, part in pipe.components.items():
             if not isinstance(part, torch.nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,10 @@ def tiny_wan_pipeline(vae_patch: int | None = None, num_layers: int = 2, seed: i
         seed: of the weights.
     """
     import torch
-    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
+
+    # Through Any: diffusers exports its classes lazily, which type checkers cannot follow.
+    diffusers: Any = importlib.import_module("diffusers")
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -46,7 +49,7 @@ def tiny_wan_pipeline(vae_patch: int | None = None, num_layers: int = 2, seed: i
         if patched:
             extra = {"patch_size": vae_patch, "in_channels": pixels, "out_channels": pixels}
             extra |= {"scale_factor_spatial": 8 * vae_patch}
-        vae = AutoencoderKLWan(
+        vae = diffusers.AutoencoderKLWan(
             base_dim=3,
             z_dim=16,
             dim_mult=[1, 1, 1, 1],
@@ -54,7 +57,7 @@ def tiny_wan_pipeline(vae_patch: int | None = None, num_layers: int = 2, seed: i
             temperal_downsample=[False, True, True],
             **extra,
         )
-        transformer = WanTransformer3DModel(
+        transformer = diffusers.WanTransformer3DModel(
             patch_size=(1, 1, 1) if patched else (1, 2, 2),
             num_attention_heads=2,
             attention_head_dim=12,
@@ -84,8 +87,10 @@ def tiny_wan_pipeline(vae_patch: int | None = None, num_layers: int = 2, seed: i
             eos_token_id=1,
         )
         text_encoder = UMT5EncoderModel(config).eval()
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    return WanPipeline(
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    return diffusers.WanPipeline(
         tokenizer=tiny_tokenizer(), text_encoder=text_encoder, vae=vae, scheduler=scheduler, transformer=transformer
     )
 

@@ -28,6 +28,7 @@ def show(name: str | None) -> None:
     import inspect
 
     from rich.console import Console
+    from rich.padding import Padding
 
     from vidsparse.methods import PROCESSORS, method_options, processor_class
     from vidsparse.schedule import Schedule
@@ -38,7 +39,7 @@ def show(name: str | None) -> None:
     if name is None:
         for method, processor in PROCESSORS.items():
             summary = (inspect.getdoc(inspect.getmodule(processor)) or "").splitlines()[0]
-            console.print(f"{method:12} {summary}", markup=False)
+            console.print(f"{method:12} {summary}", markup=False, soft_wrap=True)
         return
     if name not in PROCESSORS:
         raise ConfigError(f"The method {name!r} is unknown; use one of {', '.join(PROCESSORS)}.")
@@ -46,4 +47,4 @@ def show(name: str | None) -> None:
     for option, default in method_options(name).items():
         console.print(f"{option_name(option)} (default {default})", markup=False)
         if option in texts:
-            console.print(f"    {texts[option]}", markup=False)
+            console.print(Padding(texts[option].replace("[", "\\["), (0, 0, 0, 4)))

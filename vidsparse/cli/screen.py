@@ -9,7 +9,9 @@ from vidsparse_pipelines.progress import Estimate, Observer
 
 
 def duration(seconds: float) -> str:
-    """`7 s`, `2 min 05 s`, `1 h 03 min`."""
+    """`0.4 s`, `7 s`, `2 min 05 s`, `1 h 03 min`."""
+    if seconds < 1:
+        return f"{seconds:.1f} s"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -49,7 +51,7 @@ class Screen(Observer):
 
     def note(self, text: str) -> None:
         self._clear()
-        self._console.print(text, style="yellow", markup=False)
+        self._console.print(text, style="yellow", markup=False, soft_wrap=True)
         self._draw()
 
     def close(self) -> None:

@@ -71,11 +71,12 @@ def print_report(console: Any, report: dict[str, Any]) -> None:
     from rich.table import Table
 
     header, body = condense(report)
-    table = Table(box=box.SIMPLE_HEAD, title="attention: density by layer and step", title_justify="left")
+    console.print("attention density by layer and step")
+    table = Table(box=box.SIMPLE_HEAD)
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for row in body:
         table.add_row(*row)
     if body:
         console.print(table)
-    console.print(report["summary"], markup=False, highlight=False)
+    console.print(report["summary"], markup=False, soft_wrap=True)
