@@ -1,0 +1,65 @@
+"""`import vidsparse` is light and needs neither CUDA, Triton nor the network."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join(str(ROOT / p) for p in (".", "kernels/torch-ext", "pipelines", "lora")),
+    "HF_HUB_OFFLINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_loads_nothing_heavy():
+    heavy = ("torch", "diffusers", "transformers", "numpy", "triton")
+    code = f"import sys, vidsparse; print([m for m in {heavy!r} if m in sys.modules], len(vidsparse.__version__) > 0)"
+    assert run(code) == "[] True"
+
+
+def test_import_is_quick():
+    code = "import time; t = time.perf_counter(); import vidsparse; print(time.perf_counter() - t)"
+    assert min(float(run(code)) for _ in range(3)) < 0.1
+
+
+def test_names_and_settings_without_torch():
+    code = (
+        "import sys, vidsparse\n"
+        "from vidsparse import LatentGrid, RadialConfig, Recipe, Report, Schedule, TokenLayout\n"
+        "vidsparse.Recipe.from_options('radial', density=0.3)\n"
+        "print('torch' in sys.modules)"
+    )
+    assert run(code) == "False"
+
+
+def test_processor_and_mask_with_triton_blocked():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, vidsparse\n"
+        "from vidsparse.masks.radial import radial_block_mask\n"
+        "vidsparse.RadialProcessor()\n"
+        "mask = radial_block_mask(vidsparse.LatentGrid(5, 8, 8), q_block_size=16, kv_block_size=16)\n"
+        "q = torch.randn(1, 320, 2, 16)\n"
+        "print(tuple(vidsparse.sparse_attention(q, q, q, mask).shape))"
+    )
+    assert run(code) == "(1, 320, 2, 16)"
+
+
+def test_every_exported_name_resolves():
+    import vidsparse
+
+    for name in vidsparse.__all__:
+        assert getattr(vidsparse, name) is not None
+    assert set(vidsparse.__all__) <= set(dir(vidsparse))
+    assert not hasattr(vidsparse, "no_such_name")
