@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -114,13 +115,14 @@ class _Temporal(nn.Module):
 
     def __init__(self, channels: int, width: int):
         super().__init__()
+        self.scale = nn.BatchNorm1d(channels)  # places and areas count as much as the many pooled features
         self.project = nn.Conv1d(channels, width, 1)
         self.norms = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(4))
         self.convs = nn.ModuleList(nn.Conv1d(width, 2 * width, 3, padding=d, dilation=d) for d in (1, 2, 4))
         self.outs = nn.ModuleList(nn.Conv1d(width, width, 1) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norms[0](self.project(x.transpose(1, 2)))
+        x = self.norms[0](self.project(self.scale(x.transpose(1, 2))))
         for norm, conv, out in zip(self.norms[1:], self.convs, self.outs, strict=True):  # type: ignore[arg-type]
             value, gate = conv(F.relu(norm(x))).chunk(2, 1)
             x = x + out(value * torch.sigmoid(gate))
@@ -148,12 +150,17 @@ def _coordinates(height: int, width: int, device: torch.device) -> Tensor:
 
 def _moments(weights: Tensor, coordinates: Tensor) -> Tensor:
     """Centre and second moments of maps that sum to 1: `[n, maps, h, w]` to `[n, maps * 5]`, float32."""
-    x, y = coordinates
-    basis = torch.stack((x, y, x * x, y * y, x * y)).flatten(1)
-    mx, my, xx, yy, xy = (weights.float().flatten(2) @ basis.T).unbind(-1)
+    # Sums, not products of matrices: those may run in bf16 or TF32, too coarse for a difference of moments.
+    weights = weights.float()
+    x, y = coordinates[0, :1].flatten(), coordinates[1, :, :1].flatten()
+    along_x, along_y = weights.sum(-2), weights.sum(-1)
+    mx, my = (along_x * x).sum(-1, keepdim=True), (along_y * y).sum(-1, keepdim=True)
+    xx, yy = (along_x * (x - mx).square()).sum(-1), (along_y * (y - my).square()).sum(-1)
+    xy = ((weights * x).sum(-1) * (y - my)).sum(-1)
+    mx, my = mx.squeeze(-1), my.squeeze(-1)
     # A standard deviation grows with the size; a variance would drown the small ones.
-    sx, sy = (xx - mx * mx).clamp(min=1e-6).sqrt(), (yy - my * my).clamp(min=1e-6).sqrt()
-    return torch.stack((mx, my, 4 * sx, 4 * sy, 20 * (xy - mx * my)), -1).flatten(1)
+    sx, sy = xx.clamp(min=1e-6).sqrt(), yy.clamp(min=1e-6).sqrt()
+    return torch.stack((mx, my, sx, sy, xy), -1).flatten(1)
 
 
 def _attend(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,7 +225,7 @@ class ObjectNet(nn.Module):
         near = F.adaptive_avg_pool2d(near, x.shape[-2:])
         pooled3, maps3 = _attend(x, self.attend3(x) + self.likeness3.view(1, -1, 1, 1) * near)
         grid3 = F.adaptive_avg_pool2d(grid, x.shape[-2:])
-        moments = (_moments(maps2, grid2), _moments(maps3, grid3), own, 10 * area)
+        moments = (_moments(maps2, grid2), _moments(maps3, grid3), own, area.sqrt())
         row = torch.cat([p.float() for p in (pooled2, pooled3, x.mean((2, 3)), *moments)], 1)
         return self.heads(self.temporal(row.unflatten(0, (n, t))))
 
@@ -250,7 +257,7 @@ class SceneNet(nn.Module):
         near = torch.stack([_near(frames, c, 0.3) for c in palette], 2)  # [n, t, 8, h, w]
         x = torch.cat((frames, near, grid.expand(n, t, -1, -1, -1)), 2).flatten(0, 1)
         near = near.flatten(0, 1)
-        areas = torch.cat((10 * near.mean((2, 3)), F.avg_pool2d(near, 4).amax((2, 3))), 1)
+        areas = torch.cat((near.mean((2, 3)).sqrt(), F.avg_pool2d(near, 4).amax((2, 3))), 1)
         x = self.down2(self.stem(x.contiguous(memory_format=torch.channels_last)))
         x = self.mix2b(self.block2(self.mix2(x, t)), t)
         shallow = x.mean((2, 3))
@@ -510,8 +517,24 @@ class TrainingSizes:
     learning_rate: float = 2e-3
 
 
+@dataclass
+class _Plan:
+    """A training batch before it is drawn, on the CPU."""
+
+    size: tuple[int, int]
+    num_frames: int
+    specs: list[ClipSpec]
+    params: Params
+    targets: dict[str, Tensor]
+    corrupt: _Plan | None = None  # clips to add to the pool
+    old: list[tuple[ClipSpec, Tensor, dict[str, Tensor]]] = field(default_factory=list)  # clips from the pool
+
+
 class _Source:
-    """Draws training batches on the device; clips that passed through `corrupt` are kept and used several times."""
+    """Draws training batches on the device; clips that passed through `corrupt` are kept and used several times.
+
+    `plan` works on the CPU alone, to be called while the device is busy with the batch before.
+    """
 
     def __init__(
         self,
@@ -524,42 +547,71 @@ class _Source:
         self.checker, self.device, self.sizes, self.rng, self.corrupt = checker, device, sizes, rng, corrupt
         self.pools: dict[tuple[int, int], list[tuple[ClipSpec, Tensor, dict[str, Tensor]]]] = {}
 
-    def draw(self, count: int, size: tuple[int, int], num_frames: int, corrupt: bool) -> tuple[list, Tensor, dict]:
+    def _plan_clips(self, count: int, size: tuple[int, int], num_frames: int) -> _Plan:
         specs = [_training_spec(self.rng) for _ in range(count)]
-        params = sample_params(specs, self.rng, *size).to(self.device)
-        looked_at = (num_frames - 1) // FRAME_STRIDE + 1
-        sparse = every_nth_frame(params, FRAME_STRIDE)
-        if corrupt and self.corrupt is not None:
-            frames = self.checker.prepare(self.corrupt(render(params, num_frames, *size)))
-        else:
-            frames = self.checker.prepare(render(sparse, looked_at, *size), stride=1)
-        targets = {k: v.to(self.device, non_blocking=True) for k, v in targets_from_specs(specs).items()}
-        targets["present_weight"] = torch.ones_like(targets["present"])
-        _mark_overlaps(targets, specs, sparse, looked_at)
-        return specs, frames, targets
+        return _Plan(size, num_frames, specs, sample_params(specs, self.rng, *size), targets_from_specs(specs))
 
-    def batch(self, step: int) -> _Batch:
+    def plan(self, step: int) -> _Plan:
         s = self.sizes
         large = step % 3 == 2
         size, count = (s.large, s.batch_large) if large else (s.small, s.batch_small)
         num_frames = self.rng.choices([n for n, _ in s.lengths], [w for _, w in s.lengths])[0]
         longest = max(n for n, _ in s.lengths)
         pool = self.pools.setdefault(size, [])
-        if self.corrupt is not None and (step // 3) % s.corrupt_every == 0:
-            specs, frames, targets = self.draw(s.fresh if not large else max(1, s.fresh // 2), size, longest, True)
-            pool += [
-                (p, f, {k: v[i] for k, v in targets.items()})
-                for i, (p, f) in enumerate(zip(specs, frames, strict=True))
-            ]
-            del pool[: -s.pool]
         old = self.rng.sample(pool, min(len(pool), int(count * s.replayed))) if num_frames == longest else []
-        specs, frames, targets = self.draw(count - len(old), size, num_frames, False)
-        if old:
-            specs = specs + [p for p, _, _ in old]
-            frames = torch.cat((frames, torch.stack([f for _, f, _ in old])))
-            targets = {k: torch.cat((v, torch.stack([o[k] for _, _, o in old]))) for k, v in targets.items()}
-        clip, color = queries_from_specs(specs)
+        plan = self._plan_clips(count - len(old), size, num_frames)
+        plan.old = old
+        if self.corrupt is not None and (step // 3) % s.corrupt_every == 0:
+            plan.corrupt = self._plan_clips(max(1, s.fresh // 2) if large else s.fresh, size, longest)
+        return plan
+
+    def _draw(self, plan: _Plan, corrupt: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        params = plan.params.to(self.device)
+        looked_at = (plan.num_frames - 1) // FRAME_STRIDE + 1
+        sparse = every_nth_frame(params, FRAME_STRIDE)
+        if corrupt and self.corrupt is not None:
+            frames = self.checker.prepare(self.corrupt(render(params, plan.num_frames, *plan.size)))
+        else:
+            frames = self.checker.prepare(render(sparse, looked_at, *plan.size), stride=1)
+        targets = {k: v.to(self.device) for k, v in plan.targets.items()}
+        targets["present_weight"] = torch.ones_like(targets["present"])
+        _mark_overlaps(targets, plan.specs, sparse, looked_at)
+        return frames, targets
+
+    def batch(self, plan: _Plan) -> _Batch:
+        if plan.corrupt is not None:
+            frames, targets = self._draw(plan.corrupt, True)
+            pool = self.pools[plan.size]
+            for i, spec in enumerate(plan.corrupt.specs):
+                pool.append((spec, frames[i].clone(), {k: v[i] for k, v in targets.items()}))
+            del pool[: -self.sizes.pool]
+        frames, targets = self._draw(plan, False)
+        specs = plan.specs + [spec for spec, _, _ in plan.old]
+        if plan.old:
+            frames = torch.cat((frames, torch.stack([f for _, f, _ in plan.old])))
+            targets = {k: torch.cat((v, torch.stack([o[k] for _, _, o in plan.old]))) for k, v in targets.items()}
+        clip, color = self._queries(specs)
         return _Batch(augment(frames), targets, clip.to(self.device), color.to(self.device))
+
+    def _queries(self, specs: list[ClipSpec]) -> tuple[Tensor, Tensor]:
+        """Always one and a half for each clip, leaving some out or asking some twice: shapes must not change."""
+        clip, color = queries_from_specs(specs)
+        wanted = len(specs) * 3 // 2
+        order = list(range(len(clip)))
+        self.rng.shuffle(order)
+        chosen = torch.tensor([order[i % len(order)] for i in range(wanted)])
+        return clip[chosen], color[chosen]
+
+
+@contextmanager
+def _fixed_algorithms() -> Iterator[None]:
+    """No timing of convolution algorithms: the number of objects differs from batch to batch, each a new shape."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def train_checker(
@@ -614,18 +666,21 @@ def train_checker(
     saved_at, logged_at = spent, -math.inf
     first, clips = spent, 0
     mark = time.monotonic()
+    plan = source.plan(step)
     while spent < seconds:
         share = spent / seconds
         for group in optimizer.param_groups:
             group["lr"] = sizes.learning_rate * min(1.0, (step + 1) / 60) * (1 - share)
-        batch = source.batch(step)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            scene, objects = checker(batch.frames, batch.clip, batch.color)
-        loss, parts = checker_loss(scene, objects, batch.targets, batch.clip, batch.color)
-        loss.backward()
+        batch = source.batch(plan)
+        with _fixed_algorithms():
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                scene, objects = checker(batch.frames, batch.clip, batch.color)
+            loss, parts = checker_loss(scene, objects, batch.targets, batch.clip, batch.color)
+            loss.backward()
         nn.utils.clip_grad_norm_(checker.parameters(), 5.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        plan = source.plan(step + 1)
         step += 1
         clips += batch.frames.shape[0]
         if device.type == "cuda" and step % 10 == 0:
@@ -725,6 +780,7 @@ class Scores:
 
 
 @torch.no_grad()
+@_fixed_algorithms()
 def _read(checker: Checker, frames: Tensor, asked: Sequence[Sequence[int]] | None = None) -> list[dict]:
     """Attributes of prepared frames; objects are those seen, and those of the colours `asked` about."""
     scene = checker.scene(frames, checker.palette)
