@@ -1,0 +1,64 @@
+"""vidsparse_kernels stands alone: torch only, Triton optional and loaded late."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[2] / "kernels" / "torch-ext" / "vidsparse_kernels"
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch
+from vidsparse_kernels import BlockMask, available_backends, block_sparse_attention
+from vidsparse_kernels.testing import make_qkv
+assert available_backends() == ("reference", "sdpa"), available_backends()
+q, k, v = make_qkv(seq_len_q=70)
+mask = BlockMask.full(70, 70, q_block_size=64, kv_block_size=64)
+for backend in available_backends():
+    assert block_sparse_attention(q, k, v, mask, backend=backend).shape == q.shape
+try:
+    block_sparse_attention(q, k, v, mask, backend="triton")
+except RuntimeError as error:
+    assert "pip install triton" in str(error), error
+else:
+    raise AssertionError("no error")
+"""
+
+
+def run(code: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(PACKAGE.parent)}
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_works_without_triton():
+    run(WITHOUT_TRITON)
+
+
+def test_import_does_not_load_triton_kernels():
+    run("import sys, vidsparse_kernels; assert 'vidsparse_kernels.block_sparse_attention.forward' not in sys.modules")
+
+
+def test_imports_only_itself_torch_triton_and_the_standard_library():
+    allowed = set(sys.stdlib_module_names) | {"torch", "triton"}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            else:
+                continue
+            for name in names:
+                assert name.split(".")[0] in allowed, f"{path.name} imports {name}"
+
+
+def test_kernels_never_import_the_reference():
+    for path in (PACKAGE / "block_sparse_attention").glob("*.py"):
+        if path.stem in ("forward", "sdpa", "configs"):
+            assert "reference import" not in path.read_text()
