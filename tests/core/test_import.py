@@ -33,6 +33,11 @@ def test_import_is_quick():
     assert min(float(run(code)) for _ in range(3)) < 0.1
 
 
+def test_command_line_loads_later_packages_only_when_needed():
+    later = ("torch", "diffusers", "vidsparse_kernels", "vidsparse_pipelines", "vidsparse_lora")
+    assert run(f"import sys, vidsparse.cli; print([m for m in {later!r} if m in sys.modules])") == "[]"
+
+
 def test_names_and_settings_without_torch():
     code = (
         "import sys, vidsparse\n"

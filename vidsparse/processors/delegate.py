@@ -56,7 +56,7 @@ class LayerProcessor:
             # The mask would have to be cut into blocks; dense attention is exact.
             if self.strict:
                 raise DenseFallbackError(
-                    f"Layer {self.layer_name} got an attention mask, which radial attention cannot take, so it would "
+                    f"Layer {self.layer_name} got an attention mask, which sparse attention cannot take, so it would "
                     "run dense; turn off `strict` or the mask."
                 )
             self.late_reason = ATTENTION_MASK
