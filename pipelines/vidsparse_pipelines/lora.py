@@ -21,13 +21,12 @@ class LoraSpec:
     @classmethod
     def parse(cls, text: str) -> LoraSpec:
         """Parse `PATH[:scale]`."""
-        path, colon, tail = text.rpartition(":")
-        if colon and path:
-            try:
-                return cls(path, float(tail))
-            except ValueError:
-                pass
-        return cls(text)
+        path, _, tail = text.rpartition(":")
+        try:
+            scale = float(tail)
+        except ValueError:
+            return cls(text)
+        return cls(path, scale) if path else cls(text)
 
     def __post_init__(self) -> None:
         if not self.path:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from vidsparse_pipelines.decode import can_stream, stream_frames, to_uint8
 from vidsparse_pipelines.testing import tiny_wan_pipeline
 

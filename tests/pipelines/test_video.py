@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from vidsparse.errors import OutputError
 from vidsparse_pipelines import video
 from vidsparse_pipelines.video import (
     VideoWriter,
@@ -17,8 +19,6 @@ from vidsparse_pipelines.video import (
     read_video,
     write_video,
 )
-
-from vidsparse.errors import OutputError
 
 
 def clip(num_frames: int = 6, height: int = 64, width: int = 96) -> np.ndarray:
