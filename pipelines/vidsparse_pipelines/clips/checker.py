@@ -245,10 +245,12 @@ class SceneNet(nn.Module):
         self.mix2b = _FrameMix(2 * w)
         self.down3 = _down(2 * w, 3 * w)
         self.mix3 = _FrameMix(3 * w)
-        channels = 2 * 3 * w + 2 * w + 2 * colors
+        channels = 2 * 3 * w + 2 * w + 4 * colors
         self.temporal = _Temporal(channels, 3 * w)
         sizes = {"present": colors} | {k: len(v) for k, v in SCENE_HEADS.items()}
         self.heads = _Heads(2 * 3 * w, sizes, 128)
+        # The same question for every colour: how much of the frames has it, and where most.
+        self.presence = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))
 
     def forward(self, frames: Tensor, palette: Tensor) -> dict[str, Tensor]:
         """Logits: `present [n, 8]` and one `[n, classes]` for each head, from `[n, frames, 3, h, w]` float32."""
@@ -257,13 +259,19 @@ class SceneNet(nn.Module):
         near = torch.stack([_near(frames, c, 0.3) for c in palette], 2)  # [n, t, 8, h, w]
         x = torch.cat((frames, near, grid.expand(n, t, -1, -1, -1)), 2).flatten(0, 1)
         near = near.flatten(0, 1)
-        areas = torch.cat((near.mean((2, 3)).sqrt(), F.avg_pool2d(near, 4).amax((2, 3))), 1)
+        close = near.square().square()  # the same with half the spread
+        areas = [5 * near.mean((2, 3)).sqrt(), F.avg_pool2d(near, 4).amax((2, 3))]
+        areas += [5 * close.mean((2, 3)).sqrt(), F.avg_pool2d(close, 2).amax((2, 3))]
+        of_color = torch.stack(areas, -1).unflatten(0, (n, t))  # [n, t, 8, 4]
+        areas = torch.cat(areas, 1)
         x = self.down2(self.stem(x.contiguous(memory_format=torch.channels_last)))
         x = self.mix2b(self.block2(self.mix2(x, t)), t)
         shallow = x.mean((2, 3))
         x = self.mix3(self.down3(x), t)
         row = torch.cat([p.float() for p in (x.mean((2, 3)), x.amax((2, 3)), shallow, areas)], 1)
-        return self.heads(self.temporal(row.unflatten(0, (n, t))))
+        logits = self.heads(self.temporal(row.unflatten(0, (n, t))))
+        evidence = self.presence(torch.cat((of_color.mean(1), of_color.amax(1)), -1)).squeeze(-1).float()
+        return logits | {"present": logits["present"] + evidence}
 
 
 def _near(frames: Tensor, color: Tensor, spread: float) -> Tensor:
