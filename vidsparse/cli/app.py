@@ -1,4 +1,7 @@
-"""The commands and their options. Every option defaults to None: presets and methods hold the defaults."""
+"""The commands and their options. Every option defaults to None: presets and methods hold the defaults.
+
+Numbers are taken as text and converted later, so that they and those of a config file meet the same checks and words.
+"""
 
 from __future__ import annotations
 
@@ -62,25 +65,36 @@ def generate(
         ),
     ] = None,
     num_frames: Annotated[
-        int | None,
-        _option("--num-frames", "--frames", help="Frames; rounded up to what the VAE allows.", panel=_WHAT),
+        str | None,
+        _option(
+            "--num-frames",
+            "--frames",
+            help="Frames; rounded up to what the VAE allows.",
+            metavar="INTEGER",
+            panel=_WHAT,
+        ),
     ] = None,
     size: Annotated[
         str | None,
         _option("--size", help="WIDTHxHEIGHT, or a name such as small, large, 480p.", panel=_WHAT, metavar="SIZE"),
     ] = None,
-    height: Annotated[int | None, _option("--height", help="Pixels.", panel=_WHAT)] = None,
-    width: Annotated[int | None, _option("--width", help="Pixels.", panel=_WHAT)] = None,
+    height: Annotated[str | None, _option("--height", help="Pixels.", metavar="INTEGER", panel=_WHAT)] = None,
+    width: Annotated[str | None, _option("--width", help="Pixels.", metavar="INTEGER", panel=_WHAT)] = None,
     num_inference_steps: Annotated[
-        int | None, _option("--num-inference-steps", "--steps", help="Denoising steps.", panel=_WHAT)
+        str | None,
+        _option("--num-inference-steps", "--steps", help="Denoising steps.", metavar="INTEGER", panel=_WHAT),
     ] = None,
     guidance_scale: Annotated[
-        float | None, _option("--guidance-scale", help="How closely to follow the prompt; 1 is off.", panel=_WHAT)
+        str | None,
+        _option("--guidance-scale", help="How closely to follow the prompt; 1 is off.", metavar="NUMBER", panel=_WHAT),
     ] = None,
     flow_shift: Annotated[
-        float | None, _option("--flow-shift", help="Timestep shift of a flow-matching scheduler.", panel=_WHAT)
+        str | None,
+        _option("--flow-shift", help="Timestep shift of a flow-matching scheduler.", metavar="NUMBER", panel=_WHAT),
     ] = None,
-    seed: Annotated[int | None, _option("--seed", help="Drawn and printed if not given.", panel=_WHAT)] = None,
+    seed: Annotated[
+        str | None, _option("--seed", help="Drawn and printed if not given.", metavar="INTEGER", panel=_WHAT)
+    ] = None,
     model: Annotated[
         str | None,
         _option(
@@ -107,13 +121,14 @@ def generate(
         ),
     ] = None,
     density: Annotated[
-        str | None, _option("--density", help="Share of the attention to compute, in (0, 1].", panel=_SPARSE)
+        str | None,
+        _option("--density", help="Share of the attention to compute, in (0, 1].", metavar="NUMBER", panel=_SPARSE),
     ] = None,
     warmup_steps: Annotated[
-        str | None, _option("--warmup-steps", help="First steps that run dense.", panel=_SPARSE)
+        str | None, _option("--warmup-steps", help="First steps that run dense.", metavar="INTEGER", panel=_SPARSE)
     ] = None,
     dense_layers: Annotated[
-        str | None, _option("--dense-layers", help="First layers that run dense.", panel=_SPARSE)
+        str | None, _option("--dense-layers", help="First layers that run dense.", metavar="INTEGER", panel=_SPARSE)
     ] = None,
     strict: Annotated[
         bool | None,
@@ -145,7 +160,7 @@ def generate(
             metavar="PATH",
         ),
     ] = None,
-    fps: Annotated[float | None, _option("--fps", help="Frames per second.", panel=_OUTPUT)] = None,
+    fps: Annotated[str | None, _option("--fps", help="Frames per second.", metavar="NUMBER", panel=_OUTPUT)] = None,
     config: Annotated[
         str | None,
         _option(

@@ -108,6 +108,8 @@ def settle(
     from vidsparse_pipelines.model_info import inspect_model
     from vidsparse_pipelines.settings import GenerateSettings
 
+    from .method_options import config_fields, convert, option_name
+
     names = {field.name for field in fields(GenerateSettings)}
     from_file = {k: v for k, v in from_file.items() if k not in ("prompt", "prompt_file", "output", "output_path")}
     given = {k: v for k, v in given.items() if k != "prompt"}
@@ -117,6 +119,8 @@ def settle(
     model = given.get("model", from_file.get("model"))
     sizes = inspect_model(model).preset.sizes if model is not None else inspect_model().preset.sizes
     merged = {**_with_size(from_file, sizes), **_with_size(given, sizes)}
+    types = config_fields(GenerateSettings)
+    merged = {k: v if k == "loras" else convert(option_name(k), types[k], v) for k, v in merged.items()}
     sparse = str(merged.get("sparse", GenerateSettings.sparse))
     if sparse != str(from_file.get("sparse", sparse)):
         file_options = {}  # they belong to the file's method
