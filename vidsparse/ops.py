@@ -102,7 +102,7 @@ def _attention_backward(
     mask = _mask(query, key, kv_num_blocks, kv_indices, q_block_size, kv_block_size)
     # Operators run below autograd; the backend's own backward needs it for this one recomputation.
     autograd = torch._C.DispatchKey.AutogradFunctionality
-    with torch._C._SetExcludeDispatchKeyGuard(autograd, False), torch.enable_grad():
+    with torch._C._SetExcludeDispatchKeyGuard(autograd, False), torch.enable_grad():  # pyright: ignore[reportCallIssue]
         inputs = [x.detach().requires_grad_() for x in (query, key, value)]
         out = block_sparse_attention(*inputs, mask, scale=scale, backend="auto")
         assert isinstance(out, Tensor)
@@ -147,6 +147,6 @@ def _mask(
     kept = getattr(kv_indices, "_vidsparse_mask", None)
     if kept is not None and kept[0] == sizes and kept[1].kv_num_blocks is kv_num_blocks:
         return kept[1]
-    mask = BlockMask(kv_num_blocks, kv_indices, *sizes)
+    mask = BlockMask(kv_num_blocks, kv_indices, sizes[0], sizes[1], q_block_size, kv_block_size)
     kv_indices._vidsparse_mask = (sizes, mask)  # pyright: ignore[reportAttributeAccessIssue]
     return mask

@@ -74,7 +74,9 @@ def make_transformer(num_layers: int = 3, seed: int = 0, cls: str = "WanTransfor
 
 
 def make_pipeline(num_layers: int = 3, experts: int = 1, **config: Any) -> Any:
-    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+    from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
     from transformers import UMT5Config, UMT5EncoderModel
 
     torch.manual_seed(0)

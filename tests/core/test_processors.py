@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.hooks import hooks as diffusers_hooks
+from diffusers.models.transformers.transformer_ltx import LTXVideoTransformer3DModel
 
 import vidsparse
 from vidsparse.errors import (
@@ -21,6 +24,9 @@ from vidsparse.masks.radial import radial_dense_blocks
 
 OPTIONS = {"block_size": 16, "decay_factor": 0.2, "dense_layers": 0, "warmup_steps": 0}
 
+STEPS_ARE_TOLD = hasattr(diffusers_hooks, "CacheContext")
+"""Whether this diffusers tells the model step and number of steps; older ones leave them to be counted."""
+
 
 class MaskedWanProcessor:
     """Wan self-attention written out on its own, with a token mask; what the sparse path must equal."""
@@ -32,6 +38,7 @@ class MaskedWanProcessor:
         q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         q, k = attn.norm_q(q), attn.norm_k(k)
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
+        assert rotary_emb is not None
         cos, sin = rotary_emb
 
         def rotate(x):
@@ -104,10 +111,10 @@ def test_sparse_equals_masked_dense(build_transformer, frames, height, width, ba
 def test_bare_set_attn_processor_does_the_same(build_pipeline, generate):
     pipe = build_pipeline()
     stock = generate(pipe)
-    handle = vidsparse.apply(pipe, "radial", block_size=16)
+    handle = vidsparse.apply(pipe, "radial", block_size=16, warmup_steps=1)
     applied = generate(pipe)
     handle.remove()
-    processor = vidsparse.RadialProcessor(block_size=16)
+    processor = vidsparse.RadialProcessor(block_size=16, warmup_steps=1)
     pipe.transformer.set_attn_processor(processor)
     assert torch.equal(generate(pipe), applied)
     assert not torch.equal(applied, stock)
@@ -199,9 +206,10 @@ def test_a_new_generation_starts_afresh(build_pipeline, generate):
     assert handle.report().num_calls == 3 * 2 * 3
     assert torch.equal(generate(pipe), first)
     assert handle.report().num_calls == 24
-    generate(pipe, num_inference_steps=1)
-    generate(pipe, num_inference_steps=1)
-    assert handle.report().num_calls == 6
+    if STEPS_ARE_TOLD:
+        generate(pipe, num_inference_steps=1)
+        generate(pipe, num_inference_steps=1)
+        assert handle.report().num_calls == 6
     handle.reset()
     assert handle.report().num_calls == 0
 
@@ -240,8 +248,10 @@ def test_two_experts_share_one_run(build_pipeline, generate):
     assert set(steps) == {"transformer", "transformer_2"}
     assert steps["transformer"] | steps["transformer_2"] == set(range(8))
     assert not steps["transformer"] & steps["transformer_2"] and all(steps.values())
-    assert all((row.reason == "warm-up step") == (row.step < 2) for row in rows)
+    assert all((row.reason == "warm-up step") == (row.step in (0, 1)) for row in rows)
     handle.remove()
+    if not STEPS_ARE_TOLD:
+        return
     processor = vidsparse.RadialProcessor(block_size=16)
     pipe.transformer.set_attn_processor(processor)
     pipe.transformer_2.set_attn_processor(processor)
@@ -314,7 +324,7 @@ def test_gradients_with_and_without_checkpointing(build_transformer, forward):
 
     def gradients(frames_list=(5,)):
         model.zero_grad()
-        sum(forward(model, frames=frames).square().mean() for frames in frames_list).backward()
+        torch.stack([forward(model, frames=frames).square().mean() for frames in frames_list]).sum().backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     plain, mixed = gradients(), gradients((5, 7))
@@ -359,6 +369,7 @@ def test_compile_makes_two_graphs_whatever_the_layers_and_steps(build_pipeline, 
 def test_without_cache_context_steps_follow_the_timestep(build_transformer, forward):
     model = build_transformer()
     handle = vidsparse.apply(model, block_size=16, warmup_steps=1)
+    seen = {}
     with torch.no_grad():
         for timestep in (900.0, 900.0, 600.0, 600.0, 950.0):
             forward(model, timestep=timestep)
@@ -450,6 +461,25 @@ def test_accelerate_offload_hooks_survive_remove(build_pipeline, generate):
     assert torch.equal(generate(pipe), want_dense) and Counter.calls == 16
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("bind_first", [True, False])
+def test_sequential_offload(build_transformer, forward, bind_first):
+    from accelerate import cpu_offload
+
+    model = build_transformer()
+    handle = vidsparse.apply(model, **OPTIONS)
+    want = forward(model)
+    if not bind_first:
+        handle.remove()
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    if not bind_first:
+        handle = vidsparse.apply(model, **OPTIONS)
+    assert model.blocks[0].attn1.to_q.weight.device.type == "meta"
+    assert torch.equal(forward(model), want)
+    assert handle.report().num_sparse_calls == 3 * (1 + bind_first)
+
+
+@pytest.mark.skipif(not STEPS_ARE_TOLD, reason="group offload of this diffusers needs an accelerator")
 def test_group_offload(build_pipeline, generate):
     pipe = build_pipeline()
     handle = vidsparse.apply(pipe, block_size=16)
@@ -515,8 +545,6 @@ def test_a_layer_processor_moved_to_another_model_is_refused(build_transformer, 
 
 
 def test_unsupported_family_lists_the_supported():
-    from diffusers import LTXVideoTransformer3DModel
-
     model = LTXVideoTransformer3DModel(
         in_channels=8,
         out_channels=8,
@@ -528,7 +556,7 @@ def test_unsupported_family_lists_the_supported():
     )
     before = dict(model.attn_processors)
     with pytest.raises(UnsupportedModelError, match="LTXVideoTransformer3DModel is not supported"):
-        model.set_attn_processor(vidsparse.RadialProcessor())
+        model.set_attn_processor(cast(Any, vidsparse.RadialProcessor()))
     assert model.attn_processors == before
 
 
@@ -537,4 +565,4 @@ def test_scaled_dot_product_attention_is_not_patched():
     vidsparse.RadialProcessor()
     from diffusers.models.transformers import transformer_wan
 
-    assert transformer_wan.dispatch_attention_fn.__module__ == "diffusers.models.attention_dispatch"
+    assert vars(transformer_wan)["dispatch_attention_fn"].__module__ == "diffusers.models.attention_dispatch"

@@ -137,8 +137,10 @@ def test_paper_covers_every_kept_pair_and_no_block_more(frames, size, blocks, te
     tokens[video, video] = eq4_tokens(frames, size, 1)
     padding = [(0, -layout.seq_len % block) for block in blocks]
     padded = np.pad(tokens, padding)
-    want = padded.reshape(padded.shape[0] // blocks[0], blocks[0], -1, blocks[1]).any((1, 3))
-    for row in range(want.shape[0]):
+    shape = (padded.shape[0] // blocks[0], padded.shape[1] // blocks[1])
+    want = np.zeros(shape, dtype=bool)
+    want |= padded.reshape(shape[0], blocks[0], shape[1], blocks[1]).any((1, 3))
+    for row in range(shape[0]):
         first, last = row * blocks[0], min((row + 1) * blocks[0], layout.seq_len) - 1
         want[row, first // blocks[1] : last // blocks[1] + 1] = True
     got = radial_dense_blocks(layout, q_block_size=blocks[0], kv_block_size=blocks[1])
@@ -188,13 +190,10 @@ def test_ragged_lengths_that_the_authors_code_refuses():
 def test_mask_for_wan_720p_at_321_frames_is_quick_and_small():
     grid = LatentGrid(81, 45, 80)
     radial_block_mask(LatentGrid(2, 4, 4))
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
-        mask = radial_block_mask(grid, decay_factor=0.2)
-        seconds.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    mask = radial_block_mask(grid, decay_factor=0.2)
     # One second on an idle core; shared machines get three.
-    assert min(seconds) < 3.0
+    assert time.perf_counter() - start < 3.0
     assert mask.seq_len_q == 291_600
     assert mask.density == pytest.approx(0.154, abs=0.001)
     tracemalloc.start()

@@ -69,4 +69,6 @@ def test_empty_and_merged():
 
 
 def test_only_dense():
-    assert Report([dense(0, 0, "warm-up step")]).summary() == "no sparse call among 1 calls; dense: warm-up step 1 calls"
+    assert (
+        Report([dense(0, 0, "warm-up step")]).summary() == "no sparse call among 1 calls; dense: warm-up step 1 calls"
+    )

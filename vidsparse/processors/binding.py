@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ def install() -> None:
             unbind(self)
             original(self, processor)
 
-    set_attn_processor.vidsparse_installed = True  # pyright: ignore[reportFunctionMemberAccess]
+    vars(set_attn_processor)["vidsparse_installed"] = True
     AttentionMixin.set_attn_processor = set_attn_processor
 
 
@@ -110,8 +110,8 @@ class Binding:
             model.get_submodule(name).set_processor(layer)
         self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._handles = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after),
+            model.register_forward_pre_hook(_Before(self), with_kwargs=True),
+            model.register_forward_hook(_After(self)),
         ]
         if hasattr(type(model), "cache_context"):
             model.cache_context = _CacheContext(model, self.run)
@@ -133,8 +133,7 @@ class Binding:
         vars(model).pop("cache_context", None)
         vars(model).pop(BINDING, None)
 
-    @torch.compiler.disable
-    def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
         processor, run = self.processor, self.run
         hidden_states = arguments[self.family.hidden_states]
@@ -184,8 +183,7 @@ class Binding:
                 )
             )
 
-    @torch.compiler.disable
-    def _after(self, model: Any, args: tuple[Any, ...], output: Any) -> None:
+    def after(self, model: Any, args: tuple[Any, ...], output: Any) -> None:
         for layer, row in zip(self.layers, self._rows, strict=False):
             if not layer.called:
                 continue
@@ -231,6 +229,34 @@ class Binding:
                     f'Sparse attention would run on the slow backend "{name}" ({reason}); turn off `strict` to allow it.'
                 )
         return name, reason
+
+
+class _Before:
+    """Forward pre-hook; a class, so that copies of a model carry a hook with their own binding."""
+
+    def __init__(self, binding: Binding) -> None:
+        self.binding = binding
+
+    def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _run_eagerly(self.binding.before, model, args, kwargs)
+
+
+class _After:
+    """Forward hook, likewise."""
+
+    def __init__(self, binding: Binding) -> None:
+        self.binding = binding
+
+    def __call__(self, model: Any, args: tuple[Any, ...], output: Any) -> None:
+        _run_eagerly(self.binding.after, model, args, output)
+
+
+def _run(function: Callable[..., None], *arguments: Any) -> None:
+    function(*arguments)
+
+
+# Under torch.compile of the whole model the hooks are traced too; masks and reports are no part of a graph.
+_run_eagerly: Callable[..., None] = torch.compiler.disable(_run)
 
 
 class _CacheContext:

@@ -147,6 +147,6 @@ def make_layer(original: Any, *, index: int, name: str, strict: bool) -> Any:
 
 def _restore(base: type, state: dict[str, Any]) -> Any:
     cls = delegate_class(base)
-    layer = cls.__new__(cls)
+    layer: Any = object.__new__(cls)
     layer.__dict__.update(state)
     return layer
