@@ -101,12 +101,12 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     mask = _mask(query, key, kv_num_blocks, kv_indices, q_block_size, kv_block_size)
     # Operators run below autograd; the backend's own backward needs it for this one recomputation.
-    autograd = torch._C.DispatchKey.AutogradFunctionality
-    with torch._C._SetExcludeDispatchKeyGuard(autograd, False), torch.enable_grad():  # pyright: ignore[reportCallIssue]
-        inputs = [x.detach().requires_grad_() for x in (query, key, value)]
-        out = block_sparse_attention(*inputs, mask, scale=scale, backend="auto")
+    exclusion: Any = torch._C._SetExcludeDispatchKeyGuard
+    with exclusion(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
+        q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
+        out = block_sparse_attention(q, k, v, mask, scale=scale, backend="auto")
         assert isinstance(out, Tensor)
-        grads = torch.autograd.grad(out, inputs, grad_out)
+        grads = torch.autograd.grad(out, (q, k, v), grad_out)
     return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
 
 

@@ -256,7 +256,7 @@ def _run(function: Callable[..., None], *arguments: Any) -> None:
 
 
 # Under torch.compile of the whole model the hooks are traced too; masks and reports are no part of a graph.
-_run_eagerly: Callable[..., None] = torch.compiler.disable(_run)
+_run_eagerly: Any = torch.compiler.disable(_run)
 
 
 class _CacheContext:
