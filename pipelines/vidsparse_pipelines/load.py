@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidsparse.errors import ConfigError, ModelLoadError
 
+from .bundled import BUNDLED_MODEL
 from .device import resolve_device, resolve_dtype, resolve_offload, resolve_vae_dtype
 from .lora import LoraSpec, check_lora_files, load_loras
 from .model_info import ModelInfo, inspect_model, looks_like_folder, unreachable
@@ -76,7 +77,7 @@ def _read_pipeline(info: ModelInfo, dtype: torch.dtype, vae_dtype: torch.dtype) 
         raise ModelLoadError(
             f"{info.pipeline_class} is not in the installed diffusers {diffusers.__version__}; upgrade diffusers."
         )
-    local = looks_like_folder(info.name) or info.folder.parent.name == "models"
+    local = info.name == BUNDLED_MODEL or looks_like_folder(info.name)
     if local:
         check_weights(info.folder, info.components)
     source = str(info.folder) if local else info.name

@@ -26,7 +26,9 @@ def tiny_tokenizer() -> Any:
     )
 
 
-def tiny_wan_pipeline(vae_patch: int | None = None, num_layers: int = 2, seed: int = 0) -> Any:
+def tiny_wan_pipeline(
+    vae_patch: int | None = None, num_layers: int = 2, seed: int = 0, from_image: bool = False
+) -> Any:
     """A random `WanPipeline` (28 thousand transformer parameters) whose attention matters.
 
     Args:
@@ -34,6 +36,7 @@ def tiny_wan_pipeline(vae_patch: int | None = None, num_layers: int = 2, seed: i
             None the VAE of Wan 2.1 (transformer patch 2). Sizes must be multiples of 16 pixels either way.
         num_layers: transformer blocks.
         seed: of the weights.
+        from_image: give a `WanImageToVideoPipeline` without image encoder, as in Wan 2.2 A14B.
     """
     import torch
     from transformers import UMT5Config, UMT5EncoderModel
@@ -61,7 +64,7 @@ def tiny_wan_pipeline(vae_patch: int | None = None, num_layers: int = 2, seed: i
             patch_size=(1, 1, 1) if patched else (1, 2, 2),
             num_attention_heads=2,
             attention_head_dim=12,
-            in_channels=16,
+            in_channels=16 + (16 + 4 if from_image else 0),
             out_channels=16,
             text_dim=32,
             freq_dim=256,
@@ -90,7 +93,8 @@ def tiny_wan_pipeline(vae_patch: int | None = None, num_layers: int = 2, seed: i
     scheduler = diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
-    return diffusers.WanPipeline(
+    pipeline = diffusers.WanImageToVideoPipeline if from_image else diffusers.WanPipeline
+    return pipeline(
         tokenizer=tiny_tokenizer(), text_encoder=text_encoder, vae=vae, scheduler=scheduler, transformer=transformer
     )
 
