@@ -121,7 +121,7 @@ def bench_shape(seq_len: int, num_heads: int, head_dim: int, seconds: float) -> 
 
 def run_triton(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, descriptors: bool) -> Tensor:
     """The Triton kernel as the table configures it, with or without tensor descriptors."""
-    config = config_for(query, key, value, torch.empty_like(query), mask, allow_descriptors=descriptors)
+    config = config_for(query, key, value, torch.empty_like(query), mask, descriptors=descriptors)
     return triton_forward(
         query, key, value, mask, scale=query.shape[-1] ** -0.5, key_bias=None, return_lse=False, config=config
     )[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,7 +27,7 @@ def masks(draw) -> BlockMask:
     )
 
 
-def sizes_of(mask: BlockMask) -> dict[str, int]:
+def sizes_of(mask: BlockMask) -> dict[str, Any]:
     return dict(
         seq_len_q=mask.seq_len_q,
         seq_len_kv=mask.seq_len_kv,

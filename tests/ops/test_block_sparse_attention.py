@@ -122,7 +122,8 @@ def test_sdpa_on_bands_and_heads_that_share_lists():
 def test_density_one_is_dense_attention():
     q, k, v = make_qkv(seq_len_q=111)
     mask = BlockMask.full(111, 111, q_block_size=64, kv_block_size=64)
-    dense = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    heads_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    dense = torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
     assert torch.equal(block_sparse_attention(q, k, v, mask, backend="sdpa"), dense)
 
 

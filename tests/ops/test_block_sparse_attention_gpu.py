@@ -31,10 +31,11 @@ def check(q, k, v, mask, *, key_bias=None, descriptors=None):
     if descriptors is None:
         out, lse = block_sparse_attention(q, k, v, mask, key_bias=key_bias, return_lse=True, backend="triton")
     else:
-        config = config_for(q, k, v, torch.empty_like(q), mask, allow_descriptors=descriptors)
+        config = config_for(q, k, v, torch.empty_like(q), mask, descriptors=descriptors)
         out, lse = triton_forward(
             q, k, v, mask, scale=q.shape[-1] ** -0.5, key_bias=key_bias, return_lse=True, config=config
         )
+    assert lse is not None
     assert_close_to_oracle(out, eager, truth)
     assert_close_to_oracle(lse, eager_lse, truth_lse, name="lse")
 
@@ -80,8 +81,9 @@ def test_strided_inputs_and_bias():
     bias = torch.randn(2, 3, 300, device="cuda")
     bias[:, :, -70:] = -torch.inf
     check(q, k, v, mask, key_bias=bias)
-    odd = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in (q, k, v)]
-    check(*odd, mask, key_bias=bias[:1, :1])
+    q, k, v = (x.transpose(1, 3).contiguous().transpose(1, 3) for x in (q, k, v))
+    assert q.stride(3) != 1
+    check(q, k, v, mask, key_bias=bias[:1, :1])
 
 
 def test_expanded_batch_and_rows_not_aligned():
@@ -117,7 +119,7 @@ def test_offsets_beyond_int32():
     truth, _ = masked_attention_oracle(q[:, tail], k[:, tail], v[:, tail], local)
     eager, _ = masked_attention_oracle(q[:, tail], k[:, tail], v[:, tail], local, dtype=q.dtype)
     for descriptors in (True, False):
-        config = config_for(q, k, v, q, mask, allow_descriptors=descriptors)
+        config = config_for(q, k, v, q, mask, descriptors=descriptors)
         out, _ = triton_forward(q, k, v, mask, scale=head_dim**-0.5, key_bias=None, return_lse=False, config=config)
         assert_close_to_oracle(out[:, tail], eager, truth)
 

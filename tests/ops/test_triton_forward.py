@@ -114,9 +114,7 @@ def test_interpreted_kernel_is_exact(variant):
     ("capability", "shared_memory", "head_dim", "descriptors", "expected"),
     [
         (80, 163 * 1024, 128, False, "False False"),
-        (89, 99 * 1024, 128, False, "False False"),
         (90, 227 * 1024, 128, True, "True True"),
-        (90, 227 * 1024, 72, False, "True False"),
         (120, 99 * 1024, 128, True, "False True"),
     ],
 )

@@ -19,6 +19,8 @@ except ImportError:  # Triton before 3.4
     TensorDescriptor = None
 
 MAX_HEAD_DIM = 256
+MIN_DESCRIPTOR_FLOPS = 2e11
+"""Below this much work (counted dense), making four descriptors on the host takes longer than they save."""
 LOG2_E = 1.4426950408889634
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -126,7 +128,7 @@ def block_sparse_forward_kernel(
     # [BLOCK_M, BLOCK_D]
     q = _load_tile(
         query, batch, head, start_m, seq_len_q, query_stride_s, query_stride_d,
-        HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS, True,
+        HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS, True,  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # [BLOCK_M], peak in base 2
@@ -146,12 +148,12 @@ def block_sparse_forward_kernel(
         if (count > 0) & (overhang > 0):
             num_whole -= 1
 
-    for tile in tl.range(0, num_whole):
+    for tile in tl.range(0, num_whole):  # pyright: ignore[reportGeneralTypeIssues]
         start_n = tl.load(indices_ptr + tile // TILES) * KV_BLOCK + (tile % TILES) * BLOCK_N
         acc, peak, mass = _attend(
             acc, peak, mass, q, key, value, bias_ptr, batch, kv_head, start_n, seq_len_kv, qk_scale_log2,
             key_stride_s, key_stride_d, value_stride_s, value_stride_d,
-            HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, False, PRECISION,
+            HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, False, PRECISION,  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
     if RAGGED_KV:
         if num_whole < num_tiles:
@@ -159,7 +161,7 @@ def block_sparse_forward_kernel(
             acc, peak, mass = _attend(
                 acc, peak, mass, q, key, value, bias_ptr, batch, kv_head, start_n, seq_len_kv, qk_scale_log2,
                 key_stride_s, key_stride_d, value_stride_s, value_stride_d,
-                HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, True, PRECISION,
+                HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, True, PRECISION,  # pyright: ignore[reportArgumentType]
             )  # fmt: skip
 
     acc = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
@@ -225,8 +227,9 @@ def triton_forward(
         rows = (config.block_m, config.block_n, config.block_n, config.block_m)
         arrays = [_descriptor(x, block, block_d) for x, block in zip(arrays, rows)]
     num_q_tiles = triton.cdiv(seq_len_q, config.block_m)
+    launch: Any = block_sparse_forward_kernel[(num_q_tiles * num_heads * batch,)]
     with torch.cuda.device_of(query):
-        block_sparse_forward_kernel[(num_q_tiles * num_heads * batch,)](
+        launch(
             *arrays, lse if return_lse else out, counts, indices, bias if bias is not None else out,
             *query.stride(), *key.stride(), *value.stride(), *out.stride()[:3],
             *_broadcast_strides(counts, 2), *_broadcast_strides(indices, 2), indices.stride(2),
@@ -242,9 +245,15 @@ def triton_forward(
 
 
 def config_for(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor, block_mask: BlockMask, *, allow_descriptors: bool = True
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, block_mask: BlockMask, *, descriptors: bool | None = None
 ) -> ForwardConfig:
-    """What the table says for these arguments on their device."""
+    """What the table says for these arguments on their device.
+
+    `descriptors=None` uses tensor descriptors where they pay, True wherever they are possible, False nowhere.
+    """
+    if descriptors is None:
+        work = 4 * query.shape[0] * query.shape[1] * key.shape[1] * query.shape[2] * query.shape[3]
+        descriptors = work > MIN_DESCRIPTOR_FLOPS
     capability, shared_memory = None, 64 * 1024
     if query.device.type == "cuda":
         properties = torch.cuda.get_device_properties(query.device)
@@ -258,7 +267,7 @@ def config_for(
         itemsize=query.element_size(),
         q_block_size=block_mask.q_block_size,
         kv_block_size=block_mask.kv_block_size,
-        descriptors_possible=allow_descriptors
+        descriptors_possible=descriptors
         and TensorDescriptor is not None
         and all(_tma_can_read(x) for x in (query, key, value, out)),
     )

@@ -64,7 +64,8 @@ class _ReferenceAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        grad_out, grad_lse = grad_outputs
         query, key, value, key_bias, out, lse = ctx.saved_tensors
         scale = ctx.scale
         blocks = _Blocks(query, key, value, ctx.block_mask, scale, key_bias)

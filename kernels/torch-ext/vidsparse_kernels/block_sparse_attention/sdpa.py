@@ -17,7 +17,7 @@ from ..block_mask import BlockMask
 
 MAX_JOINED = 32
 """Longest run of groups considered for one call."""
-MASK_ELEMENTS = 1 << 24
+MASK_ELEMENTS = 1 << 25
 """Masks up to this many elements in total are kept from call to call; larger ones are rebuilt."""
 
 # The cost model, fitted on a Xeon with AMX (torch 2.13, head_dim 64). The unit is one query-key pair of one head in a
@@ -26,10 +26,11 @@ CALL_COST = 4_000
 """Of making a call."""
 GATHER_COST = 20
 """Of copying one key and value out of a list that is not one run of tokens."""
-MASK_FACTOR = 1.2
-"""Of a pair with an additive mask."""
-START_COST = {torch.float32: 16, torch.bfloat16: 50, torch.float16: 50}
-"""Of each key of a call (packing it for the matrix unit), which is why calls with few queries are slow."""
+START_COST = (20, 80)
+"""Of each key of a call (packing it for the matrix unit), which is why calls with few queries are slow: fp32 and wider,
+bf16 and fp16."""
+MASK_FACTOR = (1.2, 1.3)
+"""Of a pair with an additive mask, likewise."""
 
 
 @dataclass(frozen=True)
@@ -132,14 +133,14 @@ def _additive_mask(block_mask: BlockMask, part: _Part, number: int, dtype: torch
 
 
 def _plan(block_mask: BlockMask, dtype: torch.dtype) -> list[_Part]:
-    start_cost = START_COST.get(dtype, START_COST[torch.float32])
     plans = block_mask._cache.setdefault("sdpa_plans", {})
-    if start_cost not in plans:
-        plans[start_cost] = _make_plan(block_mask, start_cost)
-    return plans[start_cost]
+    half = dtype.itemsize == 2
+    if half not in plans:
+        plans[half] = _make_plan(block_mask, START_COST[half], MASK_FACTOR[half])
+    return plans[half]
 
 
-def _make_plan(block_mask: BlockMask, start_cost: int) -> list[_Part]:
+def _make_plan(block_mask: BlockMask, start_cost: float, mask_factor: float) -> list[_Part]:
     parts = []
     for b, batch_rows in enumerate(_bit_rows(block_mask)):
         batch = slice(None) if block_mask.batch_size == 1 else slice(b, b + 1)
@@ -147,7 +148,7 @@ def _make_plan(block_mask: BlockMask, start_cost: int) -> list[_Part]:
         for h, rows in enumerate(batch_rows):
             heads_by_rows.setdefault(rows, []).append(h)
         for rows, heads in heads_by_rows.items():
-            calls = [_make_call(block_mask, *joined) for joined in _join(block_mask, rows, start_cost)]
+            calls = [_make_call(block_mask, *joined) for joined in _join(block_mask, rows, start_cost, mask_factor)]
             parts.append(_Part(batch, None if len(heads) == block_mask.num_heads else heads, calls))
     return parts
 
@@ -166,7 +167,9 @@ def _bit_rows(block_mask: BlockMask) -> list[list[tuple[int, ...]]]:
     return block_mask._cache["bit_rows"]
 
 
-def _join(block_mask: BlockMask, rows: tuple[int, ...], start_cost: int) -> list[tuple[list[int], list[int]]]:
+def _join(
+    block_mask: BlockMask, rows: tuple[int, ...], start_cost: float, mask_factor: float
+) -> list[tuple[list[int], list[int]]]:
     """Split the q-blocks into calls: lists of (q-blocks, their kv-blocks as bits), cheapest by the cost model."""
     by_bits: dict[int, list[int]] = {}
     for q_block, bits in enumerate(rows):
@@ -180,7 +183,7 @@ def _join(block_mask: BlockMask, rows: tuple[int, ...], start_cost: int) -> list
             union |= groups[start][0]
             num_queries += len(groups[start][1]) * block_mask.q_block_size
             num_keys = bin(union).count("1") * block_mask.kv_block_size
-            per_pair = MASK_FACTOR if start < stop - 1 else 1.0
+            per_pair = mask_factor if start < stop - 1 else 1.0
             per_key = start_cost if _is_one_run(union) else start_cost + GATHER_COST
             cost = CALL_COST + num_keys * (num_queries * per_pair + per_key)
             choices.append((best[start][0] + cost, start))
