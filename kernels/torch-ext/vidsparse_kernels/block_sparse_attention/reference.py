@@ -64,7 +64,7 @@ class _ReferenceAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_out, grad_lse = grad_outputs
         query, key, value, key_bias, out, lse = ctx.saved_tensors
         scale = ctx.scale
