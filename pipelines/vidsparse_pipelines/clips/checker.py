@@ -771,6 +771,22 @@ class Scores:
         }
 
     @classmethod
+    def sum(cls, parts: Sequence[Scores]) -> Scores:
+        """Scores of several batches together."""
+
+        def add(shares: Sequence[Share]) -> Share:
+            return Share(sum(s.right for s in shares), sum(s.count for s in shares))
+
+        names = list(dict.fromkeys(name for p in parts for name in p.attributes))
+        return cls(
+            {name: add([p.attributes[name] for p in parts if name in p.attributes]) for name in names},
+            add([p.all_right for p in parts]),
+            add([p.one_object for p in parts]),
+            add([p.two_objects for p in parts]),
+            tuple(ok for p in parts for ok in p.right),
+        )
+
+    @classmethod
     def from_dict(cls, data: dict) -> Scores:
         def share(d: dict) -> Share:
             return Share(d["right"], d["count"])
@@ -999,8 +1015,9 @@ def load_checker(path: Path | str | None = None, device: torch.device | str = "c
             checker = Checker(CheckerConfig(**json.loads(metadata["config"])))
             checker.load_state_dict({k: f.get_tensor(k).float() for k in f.keys()})  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0].rstrip(":")
         raise ModelLoadError(
-            f"{str(file)!r} is not a readable prompt checker ({error}); train one with "
+            f"{str(file)!r} is not a readable prompt checker ({reason}); train one with "
             "scripts/train_tiny_model.py --checker FILE."
         ) from error
     if "scores" in metadata:
