@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from vidsparse.errors import ConfigError, ModelLoadError
-from vidsparse_pipelines.clips import checker as module
 from vidsparse_pipelines.clips.checker import (
     DEFAULT_PATH,
     IGNORED,
@@ -34,6 +33,7 @@ from vidsparse_pipelines.clips.checker import (
     train_checker,
     validate_checker,
 )
+from vidsparse_pipelines.clips.checker.training import _mark_overlaps
 from vidsparse_pipelines.clips.grammar import COLORS, ClipSpec, ObjectSpec, sample_spec
 from vidsparse_pipelines.clips.renderer import render, sample_params
 
@@ -228,7 +228,7 @@ def test_orders_and_visibility_come_from_the_pixels():
     params.objects[2, :, 6:8] = torch.tensor([0.75, 0.5])
     targets = targets_from_specs(specs)
     targets["present_weight"] = torch.ones_like(targets["present"])
-    module._mark_overlaps(targets, specs, params, 4)
+    _mark_overlaps(targets, specs, params, 4)
     red, blue = COLORS.index("red"), COLORS.index("blue")
     assert targets["shape"][0, blue] == IGNORED and targets["present_weight"][0, blue] == 0
     assert targets["shape"][0, red] != IGNORED and targets["order"][0, red] == IGNORED

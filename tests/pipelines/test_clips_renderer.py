@@ -14,9 +14,9 @@ from torch import Tensor
 from vidsparse_pipelines.clips import grammar
 from vidsparse_pipelines.clips.grammar import ClipSpec, ObjectSpec, sample_spec
 from vidsparse_pipelines.clips.renderer import (
-    _FIELDS,
     BACKGROUND_RGB,
     COLOR_RGB,
+    FIELDS,
     SIZE_RADIUS,
     Params,
     render,
@@ -100,7 +100,7 @@ def test_two_sizes_show_the_same_clip():
 @pytest.mark.parametrize("color", grammar.COLORS)
 def test_colour_is_exact_in_the_middle_of_a_solid_object(color):
     params, clips = draw([one(color=color, shape="square")], frames=1)
-    p = dict(zip(_FIELDS, params.objects[0, 1].tolist(), strict=True))
+    p = dict(zip(FIELDS, params.objects[0, 1].tolist(), strict=True))
     pixel = clips[0, :, 0, int(p["y"] * HEIGHT), int(p["x"] * HEIGHT)]
     torch.testing.assert_close(pixel, rgb(COLOR_RGB[color]), atol=1e-5, rtol=0)
 

@@ -48,10 +48,10 @@ PAN_SPEED = 0.9  # frame heights per 81 frames
 WRAP_MARGIN = 1.2  # radii beyond the edge at which an object is wholly out of sight
 GROUND_CELL = 0.25  # side of a background cell, in frame heights
 
-_FIELDS = (
-    "shape texture r g b radius x y vx vy ax ay hop rate phase angle spin pulse".split()  # one object
-)
-_GROUND_FIELDS = "texture r g b x y vx vy".split()
+#: Columns of `Params.objects`: what draws one object.
+FIELDS: tuple[str, ...] = tuple("shape texture r g b radius x y vx vy ax ay hop rate phase angle spin pulse".split())
+#: Columns of `Params.ground`: what draws the background.
+GROUND_FIELDS: tuple[str, ...] = tuple("texture r g b x y vx vy".split())
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,19 @@ class Params:
         return self.objects.shape[0]
 
 
+def every_nth_frame(params: Params, stride: int) -> Params:
+    """Params whose frame t is frame `stride * t` of the clip, so that only the frames looked at are drawn."""
+    objects, ground = params.objects.clone(), params.ground.clone()
+    for name in ("vx", "vy", "rate", "spin"):
+        objects[:, :, FIELDS.index(name)] *= stride
+    for name in ("vx", "vy"):
+        ground[:, GROUND_FIELDS.index(name)] *= stride
+    return Params(objects, ground, params.shapes)
+
+
 def _object_params(o: ObjectSpec, rng: Random, aspect: float, center: tuple[float, float] | None) -> dict[str, float]:
     jitter = rng.uniform(0.93, 1.07)
-    p = dict.fromkeys(_FIELDS, 0.0)
+    p = dict.fromkeys(FIELDS, 0.0)
     p["shape"], p["texture"] = grammar.SHAPES.index(o.shape), grammar.TEXTURES.index(o.texture)
     p["r"], p["g"], p["b"] = (c / 127.5 - 1 for c in COLOR_RGB[o.color])
     p["radius"] = radius = SIZE_RADIUS[o.size] * rng.uniform(0.95, 1.05)
@@ -161,8 +171,8 @@ def _clip_params(spec: ClipSpec, rng: Random, aspect: float) -> tuple[list[list[
     if len(rows) == 1 or spec.relation == "and":
         rows = rows[::-1]
     while len(rows) < 2:
-        rows.insert(0, dict.fromkeys(_FIELDS, 0.0) | {"shape": -1.0, "radius": 0.1})
-    ground = dict.fromkeys(_GROUND_FIELDS, 0.0)
+        rows.insert(0, dict.fromkeys(FIELDS, 0.0) | {"shape": -1.0, "radius": 0.1})
+    ground = dict.fromkeys(GROUND_FIELDS, 0.0)
     ground["texture"] = grammar.BACKGROUND_TEXTURES.index(spec.background_texture)
     ground["r"], ground["g"], ground["b"] = (c / 127.5 - 1 for c in BACKGROUND_RGB[spec.background])
     ground["x"], ground["y"] = rng.uniform(0, 1), rng.uniform(0, 1)
@@ -256,7 +266,7 @@ def render(
             chosen = (params.shapes[:, index] == shape_id).nonzero().flatten()
             if chosen.numel():
                 chosen = chosen.to(device)
-                f = {n: rows[chosen, i].view(-1, 1, 1, 1) for i, n in enumerate(_FIELDS)}
+                f = {n: rows[chosen, i].view(-1, 1, 1, 1) for i, n in enumerate(FIELDS)}
                 alpha, shade = _render_object(shape, f, t, yy, xx, pixel, aspect)
                 color = torch.stack((f["r"], f["g"], f["b"]), 1)
                 color = (color + 1) * (1 - 0.62 * shade.unsqueeze(1)) - 1
@@ -265,7 +275,7 @@ def render(
 
 
 def _render_ground(ground: Tensor, t: Tensor, yy: Tensor, xx: Tensor, pixel: float) -> Tensor:
-    f = {n: ground[:, i].view(-1, 1, 1, 1) for i, n in enumerate(_GROUND_FIELDS)}
+    f = {n: ground[:, i].view(-1, 1, 1, 1) for i, n in enumerate(GROUND_FIELDS)}
     u, v = xx - f["x"] - f["vx"] * t, yy - f["y"] - f["vy"] * t
     cell = GROUND_CELL
     checks = (_square_wave(u, 2 * cell, pixel) * 2 - 1) * (_square_wave(v, 2 * cell, pixel) * 2 - 1) * 0.5 + 0.5
