@@ -27,7 +27,6 @@ class Row:
         reason: why it ran dense, None when sparse.
         backend_reason: why this backend, in the words of the kernels package; None when dense.
         calls: number of calls.
-        milliseconds: time of all calls together, None when not measured.
     """
 
     layer: int
@@ -40,7 +39,6 @@ class Row:
     reason: str | None = None
     backend_reason: str | None = None
     calls: int = 1
-    milliseconds: float | None = None
 
     @property
     def is_fallback(self) -> bool:
@@ -68,13 +66,11 @@ class Report:
         return list(self._rows.values())
 
     def add(self, row: Row) -> None:
-        """Add a row, or its calls to the row that is equal but for the number of calls and the time."""
+        """Add a row, or its calls to the row that is equal but for the number of calls."""
         identity = (row.layer, row.name, row.step, row.branch, row.backend, row.density, row.tokens, row.reason)
         present = self._rows.get(identity)
         if present is not None:
-            times = [t for t in (present.milliseconds, row.milliseconds) if t is not None]
-            total = sum(times) if times else None
-            self._rows[identity] = replace(present, calls=present.calls + row.calls, milliseconds=total)
+            self._rows[identity] = replace(present, calls=present.calls + row.calls)
         elif len(self._rows) < MAX_ROWS:
             self._rows[identity] = row
         else:

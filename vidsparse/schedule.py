@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from vidsparse.errors import ConfigError
+
+MIN_TOKENS: Mapping[str, int] = MappingProxyType({"cuda": 8192, "cpu": 0})
+"""Default of `Schedule.min_tokens` by device type; 0 for any other, where nothing was measured.
+
+cuda: on an H200 (bf16, kernel alone), 5,040 tokens take 0.107 ms dense and 0.096 or 0.130 ms at density 0.46 or 0.20,
+    and 32,760 tokens gain 1.6 or 3.6 times (`benchmarks/results/*-h200-block-sparse.json`). The number lies between
+    the two lengths and was not measured itself, nor was any GPU but that one.
+cpu: not measured by length, so nothing is held back; what sparse gains there depends on density and block size
+    (`kernels/CARD.md`).
+"""
 
 ASSUMED_WARMUP_STEPS = 12
 """Warm-up when nobody says how many steps there are: 12 of 50, as in Radial Attention (arXiv 2506.19852, section 5)."""
@@ -31,7 +43,8 @@ class Schedule:
             12.
         cooldown_steps: last steps that run dense, default 0. Ignored while the number of steps is unknown.
         dense_layers: first layers that run dense in every step, default 0.
-        min_tokens: sequences shorter than this run dense, in tokens, default 0.
+        min_tokens: sequences shorter than this run dense, in tokens; 0 never. None (default): in generations the
+            measured `MIN_TOKENS` of the device's type, in training 0.
 
     Raises:
         ConfigError: a number is negative.
@@ -40,12 +53,12 @@ class Schedule:
     warmup_steps: int | None = None
     cooldown_steps: int = 0
     dense_layers: int = 0
-    min_tokens: int = 0
+    min_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("warmup_steps", "cooldown_steps", "dense_layers", "min_tokens"):
             value = getattr(self, name)
-            if value is None and name == "warmup_steps":
+            if value is None and name in ("warmup_steps", "min_tokens"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ConfigError(f"`{name}` must be a whole number of at least 0, got {value!r}.")
@@ -70,8 +83,15 @@ class Schedule:
             return COOLDOWN
         return None
 
+    def short_reason(self, step_index: int | None, seq_len: int, device_type: str) -> str | None:
+        """Why a sequence is too short to run sparse, or None. Arguments as for `dense_reason`."""
+        if self.min_tokens is not None:
+            return SHORT if seq_len < self.min_tokens else None
+        least = 0 if step_index is None else MIN_TOKENS.get(device_type, 0)
+        return f"below {least:,} tokens, where dense is faster" if seq_len < least else None
+
     def dense_reason(
-        self, step_index: int | None, num_steps: int | None, layer_index: int, seq_len: int
+        self, step_index: int | None, num_steps: int | None, layer_index: int, seq_len: int, device_type: str = "cpu"
     ) -> str | None:
         """Why one attention call runs dense, or None when it may be sparse.
 
@@ -80,10 +100,11 @@ class Schedule:
             num_steps: steps of the generation, None when not known.
             layer_index: position among the model's sparse-capable layers.
             seq_len: tokens of the sequence.
+            device_type: where it runs, "cuda" or "cpu" for instance.
         """
         reason = self.step_reason(step_index, num_steps)
         if reason is not None:
             return reason
         if layer_index < self.dense_layers:
             return DENSE_LAYER
-        return SHORT if seq_len < self.min_tokens else None
+        return self.short_reason(step_index, seq_len, device_type)

@@ -105,9 +105,13 @@ class Handle:
         return self.processor.always_dense or self.recipe.schedule.is_dense_step(step_index, num_steps)
 
     def describe(self, grid: LatentGrid, num_steps: int) -> Plan:
-        """Expected density of every layer and step of a generation on `grid`, before running it."""
+        """Expected density of every layer and step of a generation on `grid`, before running it.
+
+        The device is the one that the weights are on now.
+        """
         num_layers = max(len(binding.layers) for binding in self._bindings.values())
-        return self.processor.plan(grid, num_steps, num_layers)
+        device_type = next(next(iter(self._models.values())).parameters()).device.type
+        return self.processor.plan(grid, num_steps, num_layers, device_type)
 
 
 class _StepCount:

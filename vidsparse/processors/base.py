@@ -68,14 +68,29 @@ class SparseProcessor(ABC):
         """What ran in the last (or current) generation, over all models this processor is bound to."""
         return Report.merged(run.report for ref in self._runs if (run := ref()) is not None)
 
-    def plan(self, grid: LatentGrid, num_steps: int, num_layers: int) -> Plan:
-        """What a generation on `grid` will compute; builds the mask once, on the CPU."""
+    def plan(self, grid: LatentGrid, num_steps: int, num_layers: int, device_type: str = "cpu") -> Plan:
+        """What a generation on `grid` will compute; builds the mask once, on the CPU.
+
+        Args:
+            grid: latent grid.
+            num_steps: denoising steps, at least 1.
+            num_layers: sparse-capable layers of the model, at least 1.
+            device_type: where the generation will run; the default of `min_tokens` depends on it.
+
+        Raises:
+            ConfigError: a number is below 1.
+        """
+        from vidsparse.errors import ConfigError
+
+        for name, value in (("num_steps", num_steps), ("num_layers", num_layers)):
+            if value < 1:
+                raise ConfigError(f"`{name}` of a plan must be at least 1, got {value}.")
         layout = self.layout(grid)
         mask, note = self.build_mask(layout, "cpu")
         schedule = self.recipe.schedule
 
         def cell(step: int, layer: int) -> float:
-            dense = self.always_dense or schedule.dense_reason(step, num_steps, layer, layout.seq_len)
+            dense = self.always_dense or schedule.dense_reason(step, num_steps, layer, layout.seq_len, device_type)
             return 1.0 if dense else mask.density
 
         return Plan(

@@ -141,9 +141,10 @@ class Binding:
         training = grad and model.training
         run.start_forward(arguments.get(self.family.timestep), training)
         layout = processor.layout(self.family.grid(arguments, model.config))
-        reasons = [self._dense_reason(layer, layout.seq_len, training) for layer in self.layers]
+        device_type = hidden_states.device.type
+        reasons = [self._dense_reason(layer, layout.seq_len, training, device_type) for layer in self.layers]
         if processor.strict:
-            self._check_strict(reasons)
+            self._check_strict(reasons, layout.seq_len, device_type)
         mask, backend, backend_reason = None, "dense", None
         if None in reasons:
             mask = run.mask(processor, layout, hidden_states.device)
@@ -192,23 +193,25 @@ class Binding:
             self.run.report.add(row)
         self._rows = []
 
-    def _dense_reason(self, layer: Any, seq_len: int, training: bool) -> str | None:
+    def _dense_reason(self, layer: Any, seq_len: int, training: bool, device_type: str) -> str | None:
         if self.processor.always_dense:
             return METHOD_DENSE
         schedule, run = self.processor.recipe.schedule, self.run
         if run.step is None and not training and (schedule.warmup_steps != 0 or schedule.cooldown_steps):
             return UNKNOWN_STEP
-        reason = schedule.dense_reason(run.step, run.num_steps, layer.layer_index, seq_len)
+        reason = schedule.dense_reason(run.step, run.num_steps, layer.layer_index, seq_len, device_type)
         if reason is None and layer._parallel_config is not None:
             return CONTEXT_PARALLEL
         return reason
 
-    def _check_strict(self, reasons: list[str | None]) -> None:
+    def _check_strict(self, reasons: list[str | None], seq_len: int, device_type: str) -> None:
+        short = self.processor.recipe.schedule.short_reason(self.run.step, seq_len, device_type)
         for layer, reason in zip(self.layers, reasons, strict=True):
             if reason is not None and reason not in ASKED_FOR:
+                remedy = f"set `min_tokens` to 0 to run its {seq_len:,} tokens sparse" if reason == short else None
                 raise DenseFallbackError(
                     f"Layer {layer.layer_name} would run dense at step {self.run.step} ({reason}), which the recipe "
-                    "does not ask for; change the setting or turn off `strict`."
+                    f"does not ask for; {remedy or 'change the setting'} or turn off `strict`."
                 )
 
     def _select_backend(self, model: Any, hidden_states: Any, mask: Any, needs_grad: bool) -> tuple[str, str]:
