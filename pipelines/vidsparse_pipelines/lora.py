@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from vidsparse.errors import ConfigError, ModelLoadError
 
 from .weights import check_safetensors
+
+_PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,41 @@ def check_lora_files(specs: tuple[LoraSpec, ...]) -> None:
             check_safetensors(file)
 
 
-def _read_state(pipe: Any, spec: LoraSpec) -> tuple[dict[str, Any], dict[str, Any] | None]:
+@dataclass(frozen=True)
+class _Adapter:
+    """One adapter's weights.
+
+    state: keys `transformer.<module>.lora_A.weight`; without `transformer.` where `bare`.
+    metadata: the settings kept with a bare adapter, above all lora_alpha.
+    bare: not saved by a pipeline: by a transformer's own `save_lora_adapter`, or by peft.
+    """
+
+    state: dict[str, Any]
+    metadata: dict[str, Any] | None
+    bare: bool
+
+
+def _read(pipe: Any, spec: LoraSpec) -> _Adapter:
     file = find_lora_file(spec.path)
     try:
         if file is None:
-            return pipe.lora_state_dict(spec.path, return_lora_metadata=True)
-        return pipe.lora_state_dict(str(file.parent), weight_name=file.name, return_lora_metadata=True)
+            state, metadata = pipe.lora_state_dict(spec.path, return_lora_metadata=True)
+        else:
+            state, metadata = pipe.lora_state_dict(str(file.parent), weight_name=file.name, return_lora_metadata=True)
+        if file is not None and state and all(key.startswith(_PEFT_PREFIX) for key in state):
+            settings = file.parent / "adapter_config.json"
+            if not settings.is_file():
+                raise ModelLoadError(
+                    f"The LoRA {spec.path!r} was saved by peft but its adapter_config.json is not beside it."
+                )
+            state = {key.removeprefix(_PEFT_PREFIX): value for key, value in state.items()}
+            metadata = json.loads(settings.read_text(encoding="utf-8"))
+    except ModelLoadError:
+        raise
     except Exception as error:
         raise ModelLoadError(f"The LoRA {spec.path!r} cannot be read ({_first_line(error)}).") from error
+    bare = not any(key.startswith(("transformer.", "text_encoder.")) for key in state)
+    return _Adapter(state, metadata, bare)
 
 
 def _first_line(error: BaseException) -> str:
@@ -126,15 +156,19 @@ def load_loras(pipe: Any, specs: tuple[LoraSpec, ...]) -> None:
         return
     if not hasattr(pipe, "load_lora_weights"):
         raise ModelLoadError(f"{type(pipe).__name__} takes no LoRA.")
-    states = [_read_state(pipe, spec) for spec in specs]
-    for spec, (state, _) in zip(specs, states, strict=True):
-        check_fits(state, pipe.transformer, spec.path)
+    adapters = [_read(pipe, spec) for spec in specs]
+    for spec, adapter in zip(specs, adapters, strict=True):
+        check_fits(adapter.state, pipe.transformer, spec.path)
     names = [f"lora_{i}" for i in range(len(specs))]
-    for name, spec in zip(names, specs, strict=True):
+    for name, spec, adapter in zip(names, specs, adapters, strict=True):
         file = find_lora_file(spec.path)
         try:
             # Through the path, not the state dict: only so diffusers reads the metadata that holds lora_alpha.
-            if file is None:
+            if adapter.bare:
+                pipe.transformer.load_lora_adapter(
+                    adapter.state, prefix=None, adapter_name=name, metadata=adapter.metadata
+                )
+            elif file is None:
                 pipe.load_lora_weights(spec.path, adapter_name=name)
             else:
                 pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ _FIXED_RULES = {
     "LTXPipeline": (32, 8),
     "LTXImageToVideoPipeline": (32, 8),
 }
+
+# The Wan pipelines themselves refuse sizes that are no multiples of this, whatever the model could take.
+_WAN_PIXELS = 16
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,7 @@ def inspect_model(model: str = BUNDLED_MODEL) -> ModelInfo:
         patch = transformer.get("patch_size", (1, 2, 2))
         temporal = int(vae.get("scale_factor_temporal", 4))
         spatial = int(vae.get("scale_factor_spatial", 8))
-        multiple = (spatial * int(patch[1]), spatial * int(patch[2]))
+        multiple = (math.lcm(spatial * int(patch[1]), _WAN_PIXELS), math.lcm(spatial * int(patch[2]), _WAN_PIXELS))
         max_position = transformer.get("rope_max_seq_len")
     return ModelInfo(
         name=model,

@@ -13,7 +13,9 @@ from vidsparse_pipelines.video import read_video
 def test_bundled_model_has_its_preset_and_rules() -> None:
     info = inspect_model()
     assert info.preset.name == "vidsparse-tiny"
-    assert (info.multiple, info.temporal) == ((8, 8), 4)
+    assert (info.multiple, info.temporal) == ((16, 16), 4), (
+        "the pipeline refuses multiples of 8 that the VAE would take"
+    )
     assert info.snap_frames(300) == 301
 
 

@@ -202,6 +202,31 @@ def test_lora_round_trip(tiny: Path, tmp_path: Path) -> None:
         assert torch.equal(predict(fresh), with_lora)
 
 
+@pytest.mark.parametrize("layout", ["transformer", "peft"])
+def test_lora_saved_without_the_pipeline(tiny: Path, tmp_path: Path, layout: str) -> None:
+    """A transformer's own `save_lora_adapter`, and peft's prefix with its settings in a file beside it."""
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    trained = load_pipeline(str(tiny), dtype="float32", device="cpu").pipe
+    make_lora(trained, tmp_path / "pipeline")
+    want = predict(trained)
+    folder = tmp_path / layout
+    trained.transformer.save_lora_adapter(folder, adapter_name="default")
+    if layout == "peft":
+        (name,) = folder.glob("*.safetensors")
+        state = {f"base_model.model.{k}": v for k, v in load_file(name).items()}
+        name.unlink()
+        save_file(state, folder / "adapter_model.safetensors")
+        with pytest.raises(ModelLoadError, match="adapter_config.json is not beside it"):
+            load_pipeline(str(tiny), dtype="float32", device="cpu", loras=(LoraSpec(str(folder)),))
+        config = trained.transformer.peft_config["default"].to_dict()
+        (folder / "adapter_config.json").write_text(json.dumps(config, default=list))
+    fresh = load_pipeline(str(tiny), dtype="float32", device="cpu", loras=(LoraSpec(str(folder)),)).pipe
+    assert torch.equal(predict(fresh), want)
+
+
 def test_lora_scales(tiny: Path, tmp_path: Path) -> None:
     def load(*texts: str) -> torch.Tensor:
         specs = tuple(LoraSpec.parse(text) for text in texts)
