@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import random
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,19 +18,22 @@ import torch
 import vidsparse
 from vidsparse.errors import ConfigError, OutOfMemory, OutputError, UnsupportedModelError
 
+from .bundled import BUNDLED_MODEL
 from .decode import can_stream, stream_frames, to_uint8
 from .device import resolve_device
 from .load import LoadedPipeline, is_out_of_memory, load_pipeline
 from .lora import check_lora_files
 from .model_info import ModelInfo, inspect_model
-from .outputs import name_output
+from .outputs import is_folder, name_output
 from .progress import Observer, StepClock
-from .prompts import unknown_words
-from .runfile import FORMAT, FORMAT_VERSION, versions, write_json
+from .prompts import prompt_notes
+from .provenance import input_hashes, model_identity, with_absolute_paths
+from .runfile import FORMAT, FORMAT_VERSION, compact_report, json_path, versions, write_json
 from .settings import GenerateSettings
-from .video import VideoWriter, check_output
+from .video import VideoWriter, check_output, target_of
 
 DENSE = "dense"
+MAX_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class _Run:
     settings: GenerateSettings
     path: Path
     notes: list[str] = field(default_factory=list)
+    name_again: Callable[[], Path] | None = None  # None where the user named the file
     timings: dict[str, float] = field(default_factory=dict)
 
 
@@ -163,7 +168,7 @@ def generate_many(
     load_timings: dict[str, float] = {}
     stages = _Stages(observer, load_timings)
     stages.enter("load")
-    with _explain_memory(stages, first, info):
+    with _explain(stages, first, info):
         if loaded is None:
             loaded = load_pipeline(
                 info,
@@ -194,9 +199,18 @@ def _prepare(batch: Sequence[GenerateSettings], info: ModelInfo, output: str | N
     for index, settings in enumerate(batch):
         full, notes = resolve_settings(_check_method(settings), info)
         assert full.seed is not None and full.num_frames is not None
-        path = name_output(output, full.prompt, full.seed, full.num_frames, index if len(batch) > 1 else None)
+        place = index if len(batch) > 1 else None
+        path = name_output(output, full.prompt, full.seed, full.num_frames, place)
         check_output(path, full.num_frames)
-        runs.append(_Run(full, path, notes))
+        json_path(path)
+        target = target_of(path, full.num_frames)
+        if target.exists():
+            notes.append(f"{str(target)!r} exists and is replaced.")
+        chosen = output is not None and not is_folder(output)
+        again = (
+            None if chosen else functools.partial(name_output, output, full.prompt, full.seed, full.num_frames, place)
+        )
+        runs.append(_Run(full, path, notes, again))
     return runs
 
 
@@ -222,14 +236,13 @@ def _attach(pipe: Any, settings: GenerateSettings) -> Any:
 
 def _run_one(run: _Run, loaded: LoadedPipeline, handle: Any, observer: Observer) -> Result:
     settings, stages = run.settings, _Stages(observer, run.timings)
-    unknown = unknown_words(loaded.pipe.tokenizer, settings.prompt)
-    if unknown:
-        run.notes.append(f"The model does not know these words of the prompt: {', '.join(unknown)}.")
+    bundled = loaded.info.name == BUNDLED_MODEL
+    run.notes += prompt_notes(loaded.pipe.tokenizer, settings.prompt, _max_tokens(loaded), bundled)
     for note in run.notes:
         observer.note(note)
     if handle is not None:
         handle.reset()
-    with _explain_memory(stages, settings, loaded.info):
+    with _explain(stages, settings, loaded.info):
         frames = _frames(run, loaded, handle, stages)
         report = None
         with VideoWriter(run.path, settings.fps or 16, settings.num_frames) as writer:
@@ -237,19 +250,20 @@ def _run_one(run: _Run, loaded: LoadedPipeline, handle: Any, observer: Observer)
             stages.enter("write")
             writer.finish()
             stages.leave()
+            if run.name_again is not None:
+                run.path = run.name_again()  # another run may have taken the name meanwhile
+                writer.rename(run.path)
             # A copy: the handle's own report is cleared by the next generation.
             report = vidsparse.Report.merged([handle.report()]) if handle is not None else None
             document = _document(run, loaded, report)
-            json_path = writer.target.with_suffix(".json")
-            if writer.target.suffix == "":
-                json_path = writer.target.parent / f"{writer.target.name}.json"
-            write_json(json_path, document)
+            beside = json_path(run.path)
+            write_json(beside, document)
             try:
                 path = writer.commit()
             except OutputError:
-                json_path.unlink(missing_ok=True)
+                beside.unlink(missing_ok=True)
                 raise
-    return Result(path, json_path, settings, document, report, run.timings, tuple(run.notes))
+    return Result(path, beside, settings, document, report, run.timings, tuple(run.notes))
 
 
 def _write_stream(
@@ -268,11 +282,19 @@ def _write_stream(
     timings["write"] = timings.get("write", 0.0) + writing
 
 
+def _max_tokens(loaded: LoadedPipeline) -> int | None:
+    """How many text tokens the model reads, None if its pipeline does not say."""
+    if loaded.info.preset.max_sequence_length is not None:
+        return MAX_TOKENS
+    parameter = inspect.signature(type(loaded.pipe).__call__).parameters.get("max_sequence_length")
+    return parameter.default if parameter is not None and isinstance(parameter.default, int) else None
+
+
 def _text_length(pipe: Any, settings: GenerateSettings, minimum: int) -> int:
     """`minimum` text tokens, or the next multiple of it that holds the longer prompt, at most 512."""
     texts = [settings.prompt, settings.negative_prompt or ""]
     needed = max(len(pipe.tokenizer(text)["input_ids"]) for text in texts)
-    return min(512, -(-max(needed, 1) // minimum) * minimum)
+    return min(MAX_TOKENS, -(-max(needed, 1) // minimum) * minimum)
 
 
 def _call_arguments(run: _Run, loaded: LoadedPipeline) -> dict[str, Any]:
@@ -354,7 +376,9 @@ def _frames(run: _Run, loaded: LoadedPipeline, handle: Any, stages: _Stages) -> 
 
 
 def _document(run: _Run, loaded: LoadedPipeline, report: Any) -> dict[str, Any]:
-    settings = run.settings.with_(dtype=str(loaded.dtype).removeprefix("torch."), flow_shift=loaded.flow_shift)
+    settings = with_absolute_paths(run.settings).with_(
+        dtype=str(loaded.dtype).removeprefix("torch."), flow_shift=loaded.flow_shift
+    )
     device = str(loaded.device)
     name = torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else "CPU"
     return {
@@ -362,6 +386,8 @@ def _document(run: _Run, loaded: LoadedPipeline, report: Any) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "output": run.path.name,
         "settings": settings.to_dict(),
+        "model": model_identity(loaded.info),
+        "inputs_sha256": input_hashes(settings),
         "resolved": {
             "pipeline_class": loaded.info.pipeline_class,
             "preset": loaded.info.preset.name,
@@ -373,19 +399,26 @@ def _document(run: _Run, loaded: LoadedPipeline, report: Any) -> dict[str, Any]:
         "versions": versions(),
         "timings_s": {stage: round(seconds, 3) for stage, seconds in run.timings.items()},
         "notes": list(run.notes),
-        "report": report.to_dict() if report is not None else None,
+        "report": compact_report(report) if report is not None else None,
     }
 
 
 @contextmanager
-def _explain_memory(stages: _Stages, settings: GenerateSettings, info: ModelInfo) -> Iterator[None]:
-    """Turn running out of memory into one sentence that says what would fit."""
+def _explain(stages: _Stages, settings: GenerateSettings, info: ModelInfo) -> Iterator[None]:
+    """Turn running out of memory, or a failing compiler, into one sentence that says what to do."""
     try:
         yield
     except Exception as error:
-        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+        if isinstance(error, OutOfMemory):
             raise
-        raise OutOfMemory(memory_advice(stages.current, settings, info)) from error
+        if is_out_of_memory(error):
+            raise OutOfMemory(memory_advice(stages.current, settings, info)) from error
+        if settings.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"The model cannot be compiled here ({reason}); install a C++ compiler, or leave --compile out."
+            ) from error
+        raise
 
 
 def memory_advice(stage: str, settings: GenerateSettings, info: ModelInfo) -> str:

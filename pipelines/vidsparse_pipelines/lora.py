@@ -38,7 +38,7 @@ class LoraSpec:
             raise ConfigError(f"A LoRA scale must be within [-100, 100], got {self.scale}.")
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.scale:g}"
+        return f"{self.path}:{self.scale}"
 
 
 def find_lora_file(path: str) -> Path | None:

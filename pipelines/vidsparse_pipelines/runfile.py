@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from vidsparse.errors import OutputError
 
 from .video import output_error
 
@@ -32,6 +35,64 @@ def versions() -> dict[str, str]:
     }
 
 
+def json_path(path: Path) -> Path:
+    """Where the JSON of what was asked for as `path` goes: `clip.json` for `clip.mp4`.
+
+    Where that name belongs to something else, such as the user's config or a `clip.gif`, it is `clip.mp4.json`.
+
+    Raises:
+        OutputError: both names belong to something else.
+    """
+    for name in (path.with_suffix(".json"), path.with_name(path.name + ".json")):
+        if not name.exists() or _is_json_of(name, path):
+            return name
+    raise OutputError(f"{path.name + '.json'!r} is there and is not of a {path.name!r}; choose another --output.")
+
+
+def _is_json_of(file: Path, path: Path) -> bool:
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and document.get("format") == FORMAT and document.get("output") == path.name
+
+
+def compact_report(report: Any) -> dict[str, Any]:
+    """A report without its row per layer, step and branch: what they say in a few lines.
+
+    Returns:
+        `Report.to_dict()` without `rows`, and `dense`: for every reason, the layers and steps that ran dense for it, as
+        groups `{"reason", "layers", "steps", "calls"}` in which every layer has all the steps. A cell of `matrix` with
+        sparse calls is not dense, even at density 1.
+    """
+    data = report.to_dict()
+    data.pop("rows", None)
+    matrix = data["matrix"]
+    matrix["density"] = [[None if v is None else round(v, 4) for v in line] for line in matrix["density"]]
+    steps: dict[tuple[str, int], set[int | None]] = {}
+    calls: dict[tuple[str, int], int] = {}
+    for row in report.rows:
+        if row.reason is not None:
+            steps.setdefault((row.reason, row.layer), set()).add(row.step)
+            calls[row.reason, row.layer] = calls.get((row.reason, row.layer), 0) + row.calls
+    groups: dict[tuple[str, frozenset[int | None]], dict[str, Any]] = {}
+    for (reason, layer), of_layer in sorted(steps.items(), key=lambda item: item[0]):
+        empty = {"reason": reason, "layers": [], "steps": [s for s in matrix["steps"] if s in of_layer], "calls": 0}
+        group = groups.setdefault((reason, frozenset(of_layer)), empty)
+        group["layers"].append(layer)
+        group["calls"] += calls[reason, layer]
+    data["dense"] = list(groups.values())
+    data["tokens"] = sorted({row.tokens for row in report.rows})
+    data["backend_reasons"] = {row.backend: row.backend_reason for row in report.rows if row.backend_reason}
+    return data
+
+
+def _dump(document: dict[str, Any]) -> str:
+    """Indented JSON with lists of plain values on one line. Only real line breaks match: those in strings are escaped."""
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    return re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s+\]", lambda found: "[" + re.sub(r",\n\s+", ", ", found[1]) + "]", text)
+
+
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Write `document` to a temporary file in the same folder and rename it.
 
@@ -44,8 +105,7 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
             "w", encoding="utf-8", dir=path.parent, prefix=f".{path.stem}.", suffix=".json", delete=False
         ) as file:
             temporary = file.name
-            json.dump(document, file, indent=2, ensure_ascii=False)
-            file.write("\n")
+            file.write(_dump(document) + "\n")
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)

@@ -89,6 +89,15 @@ class GenerateSettings:
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise ConfigError("The prompt is empty; say what the video shows.")
+        for name in ("negative_prompt", "model", "sparse", "image", "offload", "dtype", "device"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name not in ("negative_prompt", "image")):
+                raise ConfigError(f"`{name}` must be text, got {value!r}.")
+        for name in ("vae_tiling", "compile", "strict"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"`{name}` is true or false, got {getattr(self, name)!r}.")
+        if not isinstance(self.method_options, dict):
+            raise ConfigError(f"`method_options` must hold `name: value` pairs, got {self.method_options!r}.")
         _whole("num_frames", self.num_frames, 1, MAX_FRAMES)
         _whole("height", self.height, 1, MAX_PIXELS_PER_SIDE)
         _whole("width", self.width, 1, MAX_PIXELS_PER_SIDE)

@@ -239,6 +239,12 @@ class VideoWriter:
             self._close_log()
         self._finished = True
 
+    def rename(self, path: Path) -> None:
+        """Choose another name in the same folder, of the same format, before `commit`."""
+        assert path.parent == self.path.parent and path.suffix == self.path.suffix
+        self.target = path if self.target == self.path else png_folder(path)
+        self.path = path
+
     def commit(self) -> Path:
         """Rename the finished temporary file to its final name and return that name."""
         assert self._finished and self._temporary is not None

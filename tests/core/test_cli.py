@@ -139,6 +139,62 @@ def test_yaml_config(short: list[str], tiny: Path) -> None:
     assert settings["method_options"]["decay_factor"] == 0.5 and settings["num_inference_steps"] == 2
 
 
+def test_an_existing_video_is_replaced_and_said_so(short: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*short, "-p", "a cat", "-o", "clip.gif"]) == OK
+    assert "is replaced" not in capsys.readouterr().err
+    assert main([*short, "-p", "a dog", "-o", "clip.gif"]) == OK
+    assert "'clip.gif' exists and is replaced." in capsys.readouterr().err
+    assert json.loads(Path("clip.json").read_text())["settings"]["prompt"] == "a dog"
+
+
+def test_the_json_never_replaces_another_file(short: list[str]) -> None:
+    """`--config clip.json -o clip.mp4` must not cost the user the config, nor a second format the first one's JSON."""
+    Path("clip.json").write_text('{"prompt": "a cat"}')
+    assert main([*short, "--config", "clip.json", "-o", "clip.mp4", "--quiet"]) == OK
+    assert main([*short, "--config", "clip.json", "-o", "clip.gif", "--quiet"]) == OK
+    assert main([*short, "--config", "clip.json", "-o", "clip.gif", "--quiet"]) == OK
+    assert files() == ["clip.gif", "clip.gif.json", "clip.json", "clip.mp4", "clip.mp4.json"]
+    assert Path("clip.json").read_text() == '{"prompt": "a cat"}'
+    assert json.loads(Path("clip.gif.json").read_text())["output"] == "clip.gif"
+
+
+def test_no_name_left_for_the_json(short: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("clip.json", "clip.mp4.json"):
+        Path(name).write_text("3")
+    assert main([*short, "-p", "x", "-o", "clip.mp4"]) == BAD_INPUT
+    assert "choose another --output" in capsys.readouterr().err and files() == ["clip.json", "clip.mp4.json"]
+
+
+def test_flags_in_a_config_file(short: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run.yaml").write_text("prompt: a cat\nquiet: true\noutput: clip.png\nframes: 1\nvae-tiling: on\n")
+    assert main([*short, "--config", "run.yaml", "--frames", "1"]) == OK
+    assert capsys.readouterr() == ("clip.png\n", "")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("framez: 5", "did you mean --frames?"),
+        ("steps: two", "must be a whole number, got 'two'"),
+        ("frames: [5]", "num_frames"),
+        ("dtype: 16", "`dtype` must be text, got 16"),
+        ("negative-prompt: 7", "`negative_prompt` must be text"),
+        ("model: 3", "`model` must be text"),
+        ("compile: 2", "`compile` is true or false, got 2"),
+        ("method-options: 3", "`method_options` must hold"),
+        ("quiet: maybe", "--quiet is true or false"),
+        ("output-path: x", "did you mean"),
+    ],
+)
+def test_bad_config_values(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(f"prompt: a cat\n{line}\n")
+    assert main(["generate", "--config", "run.yaml"]) == BAD_INPUT
+    assert words in capsys.readouterr().err and files() == ["run.yaml"]
+
+
 BAD = {
     "no prompt": ([], "give --prompt TEXT or --prompt-file FILE"),
     "empty prompt": (["-p", " "], "prompt is empty"),
@@ -155,7 +211,7 @@ BAD = {
     "frames too long for the model": (["-p", "x", "--frames", "900"], "use at most 509"),
     "size not divisible": (["-p", "x", "--size", "100x50"], "use a height of 48 or 64 and a width of 96 or 112"),
     "size not understood": (["-p", "x", "--size", "big"], "WIDTHxHEIGHT"),
-    "unknown method": (["-p", "x", "--sparse", "magic"], "radial, dense"),
+    "unknown method": (["-p", "x", "--sparse", "magic"], "The method 'magic' is unknown; use one of radial, dense"),
     "unknown option": (["-p", "x", "--dekay-factor", "1"], "did you mean --decay-factor?"),
     "misspelt flag": (["-p", "x", "--stepz", "1"], "did you mean --steps?"),
     "unquoted prompt": (["-p", "a", "cat"], "quote the prompt"),

@@ -11,7 +11,7 @@ from vidsparse.cli.arguments import normalise, parse_size, read_config, split_op
 from vidsparse.cli.method_options import attribute_help, config_fields, parse_options
 from vidsparse.cli.methods import option_types
 from vidsparse.cli.screen import describe, duration
-from vidsparse.cli.table import MAX_COLUMNS, condense, runs
+from vidsparse.cli.table import MAX_COLUMNS, condense, runs, sentences
 from vidsparse.errors import ConfigError
 
 
@@ -136,10 +136,8 @@ def test_broken_config_is_one_sentence(tmp_path: Path, name: str, text: str) -> 
 
 def report(cells: list[list[float | None]], dense: set[tuple[int, int]]) -> dict[str, Any]:
     layers, steps = list(range(len(cells))), list(range(len(cells[0])))
-    rows = [
-        {"layer": i, "step": j, "reason": "warm-up step" if (i, j) in dense else None} for i in layers for j in steps
-    ]
-    return {"matrix": {"layers": layers, "steps": steps, "density": cells}, "rows": rows, "summary": "s"}
+    groups = [{"reason": "warm-up step", "layers": [i], "steps": [j], "calls": 1} for i, j in sorted(dense)]
+    return {"matrix": {"layers": layers, "steps": steps, "density": cells}, "dense": groups}
 
 
 def test_equal_neighbours_are_merged() -> None:
@@ -153,6 +151,22 @@ def test_equal_neighbours_are_merged() -> None:
 
 def test_sparse_at_density_one_is_not_called_dense() -> None:
     assert condense(report([[1.0, 1.0]], {(0, 0)}))[1] == [["0", "dense", "1.00"]]
+
+
+def test_a_cell_with_one_dense_call_shows_its_density() -> None:
+    assert condense(report([[0.75, 1.0]], {(0, 0), (0, 1)}))[1] == [["0", "0.75", "dense"]]
+
+
+def test_sentences_under_the_table() -> None:
+    numbers = {"num_calls": 20, "num_sparse_calls": 12, "sparse_density": 0.456, "notes": ["a thing"]}
+    wanted = [
+        "sparse: 12 of 20 attention calls, density 0.46",
+        "dense: 6 (warm-up step), 2 (dense layer)",
+        "note: a thing",
+    ]
+    assert sentences({**numbers, "dense_calls": {"warm-up step": 6, "dense layer": 2}}) == wanted
+    none = {"num_calls": 4, "num_sparse_calls": 0, "sparse_density": None, "notes": [], "dense_calls": {"x": 4}}
+    assert sentences(none) == ["sparse: 0 of 4 attention calls", "dense: 4 (x)"]
 
 
 def test_wide_reports_are_condensed_to_ranges() -> None:

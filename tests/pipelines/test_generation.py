@@ -1,5 +1,6 @@
 """Generating with a tiny random pipeline: the whole path, and that a run can be repeated from its JSON."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,10 +95,110 @@ def test_document_has_everything(small: GenerateSettings, shared: LoadedPipeline
     assert None not in [document["settings"][k] for k in ("height", "width", "num_frames", "fps", "negative_prompt")]
     assert set(document["versions"]) == {"vidsparse", "torch", "diffusers", "transformers", "python"}
     assert document["resolved"]["device"] == "cpu" and document["resolved"]["pipeline_class"] == "WanPipeline"
+    assert document["model"].keys() == {"name", "sha256", "covers"} and document["inputs_sha256"] == {}
     report = document["report"]
+    assert "rows" not in report and report["tokens"] == [4]
+    assert report["dense"] == [
+        {"reason": "dense layer", "layers": [0], "steps": [1], "calls": 2},
+        {"reason": "warm-up step", "layers": [0, 1], "steps": [0], "calls": 4},
+    ]
     assert report["matrix"]["layers"] == [0, 1] and report["matrix"]["steps"] == [0, 1]
     assert report["num_sparse_calls"] == 2 and report["num_calls"] == 8
     assert report["dense_calls"] == {"warm-up step": 4, "dense layer": 2}
+
+
+def test_json_is_short_and_readable(small: GenerateSettings, shared: LoadedPipeline, tmp_path: Path) -> None:
+    """Its size must not grow with every layer times step times branch."""
+    prompt = 'a "red" cat [\n1,\n2\n] é'
+    sizes = []
+    for steps in (2, 8):
+        result = generate(small.with_(num_inference_steps=steps, prompt=prompt), tmp_path / "a.gif", loaded=shared)
+        text = result.json_path.read_text(encoding="utf-8")
+        assert json.loads(text) == result.document and result.document["settings"]["prompt"] == prompt
+        sizes.append(len(text))
+    assert '"layers": [0, 1]' in text
+    assert sizes[1] - sizes[0] < 20 * 6 * 2, "a few characters for each further cell of the matrix"
+
+
+def test_model_hash_follows_the_weights(tiny: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from vidsparse_pipelines import provenance
+    from vidsparse_pipelines.model_info import inspect_model
+
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny, copy)
+    first = provenance.model_identity(inspect_model(str(tiny)))
+    assert first["covers"] == "configuration and weights"
+    assert provenance.model_identity(inspect_model(str(copy)))["sha256"] == first["sha256"]
+    weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert provenance.model_identity(inspect_model(str(copy)))["sha256"] != first["sha256"]
+
+
+def test_large_weights_are_not_hashed(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vidsparse_pipelines import provenance
+    from vidsparse_pipelines.model_info import inspect_model
+
+    info = inspect_model(str(tiny))
+    whole = provenance.model_identity(info)
+    monkeypatch.setattr(provenance, "MAX_HASHED_WEIGHTS", 10)
+    assert provenance.model_identity(info)["covers"] == "configuration"
+    assert provenance.model_identity(info)["sha256"] != whole["sha256"]
+    hub = provenance.model_identity(
+        dataclasses.replace(info, name="owner/name", folder=Path("/cache/snapshots/c0ffee"))
+    )
+    assert hub == {"name": "owner/name", "commit": "c0ffee"}
+
+
+def test_local_paths_in_the_json_are_absolute(
+    small: GenerateSettings, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny.parent)
+    result = generate(small.with_(model=f"./{tiny.name}"), tmp_path / "clip.gif")
+    assert result.document["settings"]["model"] == str(tiny)
+    monkeypatch.chdir(tmp_path)
+    again = generate(GenerateSettings.from_dict(result.document["settings"]), tmp_path / "again.gif")
+    assert np.array_equal(read_video(result.path), read_video(again.path))
+
+
+def test_json_beside_a_name_with_dots(small: GenerateSettings, shared: LoadedPipeline, tmp_path: Path) -> None:
+    result = generate(small, tmp_path / "a.b.png", loaded=shared)
+    assert result.path == tmp_path / "a.b" and result.json_path == tmp_path / "a.b.json"
+
+
+def test_two_runs_at_once_keep_both_videos(small: GenerateSettings, shared: LoadedPipeline, tmp_path: Path) -> None:
+    """The other run takes the automatic name while this one decodes."""
+    taken = tmp_path / "a-red-circle-moves-seed5.mp4"
+
+    class Other(Observer):
+        def stage(self, name: str, total: int | None = None) -> None:
+            if name == "decode":
+                taken.write_bytes(b"theirs")
+
+    result = generate(small, tmp_path, loaded=shared, observer=Other())
+    assert taken.read_bytes() == b"theirs"
+    assert result.path == tmp_path / "a-red-circle-moves-seed5-2.mp4"
+    assert result.json_path == result.path.with_suffix(".json")
+    assert result.document["output"] == result.path.name
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_failing_compiler_is_bad_input(small: GenerateSettings, shared: LoadedPipeline, tmp_path: Path) -> None:
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def fail(*_: object) -> None:
+        raise InvalidCxxCompiler()
+
+    hook = shared.pipe.transformer.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(ConfigError, match="leave --compile out"):
+            generate(small.with_(compile=True), tmp_path / "clip.mp4", loaded=shared)
+    finally:
+        hook.remove()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_repeat_from_json_is_bit_identical(small: GenerateSettings, tmp_path: Path) -> None:
@@ -220,7 +321,7 @@ def test_failing_json_leaves_nothing(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runfile.json, "dump", full)
+    monkeypatch.setattr(runfile.tempfile, "NamedTemporaryFile", full)
     with pytest.raises(OutputError, match="disk is full"):
         generate(small, tmp_path / "clip.mp4", loaded=shared)
     assert list(tmp_path.iterdir()) == []

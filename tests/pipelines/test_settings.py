@@ -11,7 +11,7 @@ from vidsparse_pipelines.model_info import ModelInfo
 from vidsparse_pipelines.outputs import is_folder, name_output
 from vidsparse_pipelines.presets import all_presets, preset_for, supported_pipelines
 from vidsparse_pipelines.progress import StepClock
-from vidsparse_pipelines.prompts import read_prompts, slug, unknown_words
+from vidsparse_pipelines.prompts import misplaced_colors, prompt_notes, read_prompts, slug, unknown_words
 from vidsparse_pipelines.settings import GenerateSettings
 from vidsparse_pipelines.testing import tiny_tokenizer
 
@@ -202,3 +202,40 @@ def test_clock_keeps_kinds_apart() -> None:
     clock.add("sparse", 2.0)
     third = clock.estimate(["sparse", "sparse", "dense"])
     assert third is not None and third.seconds == 15 and not third.at_most
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("a red cat", []),
+        ("a 'red' cat, on grass!", []),
+        ("a zebra and a well-known cat's \U0001f388", ["zebra", "and", "well-known", "cat's", "\U0001f388"]),
+    ],
+)
+def test_unknown_words_are_words_and_symbols(prompt: str, words: list[str]) -> None:
+    assert unknown_words(tiny_tokenizer(), prompt) == words
+
+
+def test_prompt_notes() -> None:
+    tokenizer = tiny_tokenizer()
+    assert prompt_notes(tokenizer, "a red cat", 8) == []
+    assert prompt_notes(tokenizer, "red " * 20, 8) == ["The prompt has 21 tokens; the model reads only the first 8."]
+    (note,) = prompt_notes(tokenizer, " ".join(f"word{i}" for i in range(30)))
+    assert note.endswith("word11, ….")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "place"),
+    [
+        ("a red circle moves left on a White background", "white background"),
+        ("white dotted background", "white background"),
+        ("a navy striped star spins", "navy star"),
+        ("black background, circle in red", None),
+        ("a white circle moves right on a dotted navy background", None),
+        ("a red star in front of a white ring that spins on a gray gradient background", None),
+    ],
+)
+def test_colors_in_the_wrong_place(prompt: str, place: str | None) -> None:
+    notes = misplaced_colors(prompt)
+    assert len(notes) == (place is not None)
+    assert place is None or place in notes[0]

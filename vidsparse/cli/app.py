@@ -155,7 +155,7 @@ def generate(
         _option(
             "--output",
             "-o",
-            help="FILE.mp4, .webm, .gif, .png (several frames: a folder of PNGs), or a folder.",
+            help="FILE.mp4, .webm, .gif, .png (several frames: a folder of PNGs), replaced if it exists; or a folder.",
             panel=_OUTPUT,
             metavar="PATH",
         ),

@@ -10,6 +10,7 @@ from typing import Any
 from vidsparse.errors import ConfigError
 
 from .arguments import parse_size, read_config, split_options
+from .method_options import convert, option_name
 
 
 def run(
@@ -39,6 +40,10 @@ def run(
     """
     typed = {**split_options(extra, option_names), **method_options}
     from_file = read_config(config) if config is not None else {}
+    as_json, quiet, verbose = (
+        convert(option_name(name), bool, from_file.pop(name, False)) or value
+        for name, value in (("json", as_json), ("quiet", quiet), ("verbose", verbose))
+    )
     prompts = _prompts(given, from_file, prompt_file)
     if output is None and isinstance(from_file.get("output"), str):
         output = from_file["output"]
@@ -108,15 +113,20 @@ def settle(
     from vidsparse_pipelines.model_info import inspect_model
     from vidsparse_pipelines.settings import GenerateSettings
 
-    from .method_options import config_fields, convert, option_name
+    from .method_options import config_fields
 
     names = {field.name for field in fields(GenerateSettings)}
-    from_file = {k: v for k, v in from_file.items() if k not in ("prompt", "prompt_file", "output", "output_path")}
+    from_file = {k: v for k, v in from_file.items() if k not in ("prompt", "prompt_file", "output")}
     given = {k: v for k, v in given.items() if k != "prompt"}
-    file_options = dict(from_file.pop("method_options", None) or {})
+    file_options = from_file.pop("method_options", None) or {}
+    if not isinstance(file_options, dict):
+        raise ConfigError(f"`method_options` must hold `name: value` pairs, got {file_options!r}.")
+    file_options = dict(file_options)
     file_options.update({k: from_file.pop(k) for k in list(from_file) if k not in names and k != "size"})
 
     model = given.get("model", from_file.get("model"))
+    if model is not None and not isinstance(model, str):
+        raise ConfigError(f"`model` must be text, got {model!r}.")
     sizes = inspect_model(model).preset.sizes if model is not None else inspect_model().preset.sizes
     merged = {**_with_size(from_file, sizes), **_with_size(given, sizes)}
     types = config_fields(GenerateSettings)
@@ -189,9 +199,10 @@ def _show(result: Any, quiet: bool) -> None:
     settings = result.settings
     if result.report is not None:
         print_report(console, result.document["report"])
+    frames = "1 frame" if settings.num_frames == 1 else f"{settings.num_frames} frames"
     total = duration(sum(result.timings.values()))
     console.print(
-        f"{result.path}  {settings.num_frames} frames, {settings.width}x{settings.height}, seed {settings.seed}, {total}",
+        f"{result.path}  {frames}, {settings.width}x{settings.height}, seed {settings.seed}, {total}",
         markup=False,
         soft_wrap=True,
     )

@@ -13,11 +13,13 @@ def option_types(method: str) -> dict[str, Any]:
     Raises:
         ConfigError: no method has this name.
     """
-    from vidsparse.methods import processor_class
+    from vidsparse.methods import PROCESSORS, processor_class
     from vidsparse.schedule import Schedule
 
     from .method_options import config_fields
 
+    if method not in PROCESSORS:
+        raise ConfigError(f"The method {method!r} is unknown; use one of {', '.join(PROCESSORS)}.")
     own = config_fields(processor_class(method).config_class)
     own.pop("schedule", None)
     return own | config_fields(Schedule)

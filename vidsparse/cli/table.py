@@ -10,10 +10,11 @@ MAX_COLUMNS = 12
 
 def _cells(report: dict[str, Any]) -> tuple[list[int], list[int | None], list[list[str]]]:
     matrix = report["matrix"]
-    sparse = {(row["layer"], row["step"]) for row in report["rows"] if row["reason"] is None}
+    dense = {(layer, step) for group in report["dense"] for layer in group["layers"] for step in group["steps"]}
     cells = [
         [
-            "" if value is None else f"{value:.2f}" if (layer, step) in sparse else DENSE
+            # Below 1 some calls of the cell were sparse, whatever the others were.
+            "" if value is None else DENSE if value == 1 and (layer, step) in dense else f"{value:.2f}"
             for step, value in zip(matrix["steps"], line, strict=True)
         ]
         for layer, line in zip(matrix["layers"], matrix["density"], strict=True)
@@ -66,12 +67,12 @@ def _merge(values: list[str]) -> str:
 
 
 def print_report(console: Any, report: dict[str, Any]) -> None:
-    """Print the condensed table and the summary line."""
+    """Print the condensed table, how many calls were sparse, and why the others were not."""
     from rich import box
     from rich.table import Table
 
     header, body = condense(report)
-    console.print("attention density by layer and step")
+    console.print("Attention computed, by layer and step (1 is all of it):")
     table = Table(box=box.SIMPLE_HEAD)
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
@@ -79,4 +80,14 @@ def print_report(console: Any, report: dict[str, Any]) -> None:
         table.add_row(*row)
     if body:
         console.print(table)
-    console.print(report["summary"], markup=False, soft_wrap=True)
+    for line in sentences(report):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def sentences(report: dict[str, Any]) -> list[str]:
+    """How many calls were sparse and at what density, why others were dense, and the report's notes, a line each."""
+    calls, sparse, density = report["num_calls"], report["num_sparse_calls"], report["sparse_density"]
+    lines = [f"sparse: {sparse} of {calls} attention calls" + ("" if not sparse else f", density {density:.2f}")]
+    if report["dense_calls"]:
+        lines.append("dense: " + ", ".join(f"{count} ({reason})" for reason, count in report["dense_calls"].items()))
+    return lines + [f"note: {note}" for note in report["notes"]]
