@@ -147,3 +147,13 @@ def test_wrong_dense_masks_and_sizes_are_refused():
     mask = BlockMask.full(20, 30, q_block_size=10, kv_block_size=10)
     with pytest.raises(ValueError, match="same `kv_block_size`, got 10 and 15"):
         mask.union(BlockMask.full(20, 30, q_block_size=10, kv_block_size=15))
+
+
+@pytest.mark.parametrize("lead", [(0, 1), (1, 0)], ids=str)
+def test_masks_of_no_sample_or_no_head_are_refused(lead):
+    sizes = dict(seq_len_q=64, seq_len_kv=64, q_block_size=32, kv_block_size=32)
+    with pytest.raises(ValueError, match="`dense` must have at least one sample and one head"):
+        BlockMask.from_dense(torch.ones(*lead, 2, 2, dtype=torch.bool), **sizes)
+    lists = torch.zeros(*lead, 2, 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="`kv_num_blocks` must have at least one sample and one head"):
+        BlockMask.from_indices(lists[..., 0], lists, **sizes)

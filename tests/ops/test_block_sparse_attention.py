@@ -276,3 +276,23 @@ def test_wrong_arguments_are_named():
         arguments = dict(query=q, key=k, value=v, block_mask=mask) | change
         with pytest.raises(ValueError, match=message):
             block_sparse_attention(**arguments)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_autocast_changes_nothing(backend):
+    q, k, v = make_qkv(seq_len_q=111)
+    mask = make_block_mask(seq_len_q=111, density=0.5, full_rows=True)
+    grad = backend == "reference"
+
+    def run() -> list[torch.Tensor]:
+        query, key, value = inputs = [x.clone().requires_grad_(grad) for x in (q, k, v)]
+        out = block_sparse_attention(query, key, value, mask, backend=backend)
+        if grad:
+            out.square().sum().backward()
+        return [out.detach(), *(x.grad for x in inputs if x.grad is not None)]
+
+    want = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run()
+    assert len(got) == (4 if grad else 1)
+    assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(got, want, strict=True))

@@ -44,6 +44,41 @@ def test_import_does_not_load_triton_kernels():
     run("import sys, vidsparse_kernels; assert 'vidsparse_kernels.block_sparse_attention.forward' not in sys.modules")
 
 
+OTHER_NAME = """
+import importlib.util, pkgutil, sys
+sys.modules["vidsparse_kernels"] = sys.modules["vidsparse"] = None
+where = sys.argv[1]
+spec = importlib.util.spec_from_file_location("loaded_from_the_hub", where + "/__init__.py", submodule_search_locations=[where])
+package = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = package
+spec.loader.exec_module(package)
+for module in pkgutil.walk_packages(package.__path__, spec.name + "."):
+    importlib.import_module(module.name)
+import torch
+testing = importlib.import_module(spec.name + ".testing")
+q, k, v = (x.requires_grad_() for x in testing.make_qkv(seq_len_q=70))
+mask = package.BlockMask.full(70, 70, q_block_size=64, kv_block_size=64)
+package.block_sparse_attention(q, k, v, mask).sum().backward()
+with torch.no_grad():
+    package.block_sparse_attention(q, k, v, mask)
+"""
+
+
+def test_works_under_another_name_without_ours():
+    """As a Hub kernel, which is loaded under a generated name: every import inside has to be relative."""
+    command = [sys.executable, "-c", OTHER_NAME, str(PACKAGE)]
+    result = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": ""})
+    assert result.returncode == 0, result.stderr
+
+
+def test_no_import_by_a_name_in_a_string():
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        assert "vidsparse_kernels." not in text and "import_module(" not in text and "__import__" not in text, (
+            path.name
+        )
+
+
 def test_imports_only_itself_torch_triton_and_the_standard_library():
     allowed = set(sys.stdlib_module_names) | {"torch", "triton"}
     for path in PACKAGE.rglob("*.py"):

@@ -64,6 +64,7 @@ class BlockMask:
                 raise ValueError(f"`{name}` must have {ndim} dimensions, got shape {tuple(tensor.shape)}.")
             if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
                 raise ValueError(f"`{name}` must have an integer dtype, got {tensor.dtype}.")
+        _check_lead("kv_num_blocks", kv_num_blocks)
         if kv_indices.shape[:3] != kv_num_blocks.shape:
             raise ValueError(
                 f"`kv_indices` must start with the shape of `kv_num_blocks` {tuple(kv_num_blocks.shape)}, "
@@ -108,6 +109,7 @@ class BlockMask:
                 f"`dense` must be [B|1, H|1, {num_q_blocks}, {num_kv_blocks}] for {seq_len_q} x {seq_len_kv} tokens in "
                 f"blocks of {q_block_size} x {kv_block_size}, got {tuple(dense.shape)}."
             )
+        _check_lead("dense", dense)
         counts = dense.sum(-1, dtype=torch.int32)
         indices = torch.argsort(dense.logical_not().to(torch.uint8), dim=-1, stable=True).to(torch.int32)
         if dense.device.type == "cpu":
@@ -282,6 +284,11 @@ def _check_sizes(seq_len_q: int, seq_len_kv: int, q_block_size: int, kv_block_si
         if size < 1:
             raise ValueError(f"`{name}` must be at least 1, got {size}.")
     return -(-seq_len_q // q_block_size), -(-seq_len_kv // kv_block_size)
+
+
+def _check_lead(name: str, tensor: Tensor) -> None:
+    if 0 in tensor.shape[:2]:
+        raise ValueError(f"`{name}` must have at least one sample and one head, got shape {tuple(tensor.shape)}.")
 
 
 def _check_values(counts: Tensor, indices: Tensor, num_kv_blocks: int) -> None:

@@ -9,6 +9,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from ..autocast import without_autocast
 from ..block_mask import BlockMask
 from ..errors import UnsupportedBackendError
 
@@ -83,7 +84,8 @@ def block_sparse_attention(
     Returns:
         Output with the shape and dtype of `query`; with `return_lse` also the natural-log LSE
         `[batch, num_heads, seq_len_q]` in fp32 (fp64 for fp64 inputs). Rows without any block give 0 and -inf.
-        With the reference backend both are differentiable in query, key and value.
+        With the reference backend both are differentiable in query, key and value. Autocast changes nothing: cast the
+        inputs before.
 
     Raises:
         ValueError: a shape, dtype, device or value does not fit; the message names it.
@@ -109,18 +111,21 @@ def block_sparse_attention(
             raise UnsupportedBackendError(
                 f'backend "{backend}" {obstacle}; use backend="{_select(case)[0]}" or "auto" for this case.'
             )
-    if backend == "triton":
-        from .forward import triton_forward
+    with without_autocast(query.device.type):
+        if backend == "triton":
+            from .forward import triton_forward
 
-        out, lse = triton_forward(query, key, value, block_mask, scale=scale, key_bias=key_bias, return_lse=return_lse)
-    elif backend == "sdpa":
-        from .sdpa import grouped_sdpa
+            out, lse = triton_forward(
+                query, key, value, block_mask, scale=scale, key_bias=key_bias, return_lse=return_lse
+            )
+        elif backend == "sdpa":
+            from .sdpa import grouped_sdpa
 
-        return grouped_sdpa(query, key, value, block_mask, scale=scale)
-    else:
-        from .reference import reference
+            return grouped_sdpa(query, key, value, block_mask, scale=scale)
+        else:
+            from .reference import reference
 
-        out, lse = reference(query, key, value, block_mask, scale=scale, key_bias=key_bias)
+            out, lse = reference(query, key, value, block_mask, scale=scale, key_bias=key_bias)
     if return_lse:
         assert lse is not None
         return out, lse

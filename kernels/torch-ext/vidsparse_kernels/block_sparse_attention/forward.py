@@ -38,7 +38,7 @@ def _load_tile(
         # [BLOCK], [BLOCK_D]
         tokens = start + tl.arange(0, BLOCK)
         dims = tl.arange(0, BLOCK_D)
-        pointers = source + tokens.to(tl.int64)[:, None] * stride_s + dims[None, :] * stride_d
+        pointers = source + tokens.to(tl.int64)[:, None] * stride_s + dims.to(tl.int64)[None, :] * stride_d
         if RAGGED:
             loaded = tl.load(pointers, mask=(tokens < length)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
         elif HEAD_DIM != BLOCK_D:

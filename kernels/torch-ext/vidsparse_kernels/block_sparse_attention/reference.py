@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..autocast import without_autocast
 from ..block_mask import BlockMask
 
 CHUNK_ELEMENTS = 1 << 23
@@ -66,36 +67,42 @@ class _ReferenceAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_out, grad_lse = grad_outputs
-        query, key, value, key_bias, out, lse = ctx.saved_tensors
-        scale = ctx.scale
-        blocks = _Blocks(query, key, value, ctx.block_mask, scale, key_bias)
-        dtype = blocks.query.dtype
-        delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1).transpose(1, 2)
-        # Rows without keys have lse -inf: no weight, and whatever arrives through them is dropped.
-        empty = lse == -torch.inf
-        shift = torch.where(empty, 0.0, grad_lse.to(dtype) - delta)
-        grad_out_blocks, lse_blocks, shift_blocks = (
-            blocks.by_q_block(grad_out.to(dtype).transpose(1, 2)),
-            blocks.by_q_block(torch.where(empty, torch.inf, lse).unsqueeze(-1), padding=torch.inf),
-            blocks.by_q_block(shift.unsqueeze(-1)),
-        )
-        grad_query = torch.zeros_like(blocks.query)
-        grad_key, grad_value = torch.zeros_like(blocks.key), torch.zeros_like(blocks.value)
-        for start, stop, width in blocks.chunks():
-            scores, keys, rows = blocks.scores(start, stop, width)
-            values = blocks.gathered(blocks.value, start, stop, width)
-            grad_o = grad_out_blocks[:, :, start:stop]
-            weights = torch.exp(scores - lse_blocks[:, :, start:stop])
-            grad_scores = weights * (grad_o @ values.transpose(-1, -2) + shift_blocks[:, :, start:stop]) * scale
-            grad_query[:, :, start:stop] = grad_scores @ keys
-            q = blocks.query[:, :, start:stop]
-            blocks.scatter_add(grad_key, rows, grad_scores.transpose(-1, -2) @ q)
-            blocks.scatter_add(grad_value, rows, weights.transpose(-1, -2) @ grad_o)
-        grad_query = grad_query.flatten(2, 3)[:, :, : query.shape[1]].transpose(1, 2).to(query.dtype)
-        grad_key, grad_value = (
-            g.flatten(2, 3)[:, :, : key.shape[1]].transpose(1, 2).to(key.dtype) for g in (grad_key, grad_value)
-        )
-        return grad_query, grad_key, grad_value, None, None, None
+        with without_autocast(grad_out.device.type):
+            return (*_gradients(ctx, grad_out, grad_lse), None, None, None)
+
+
+def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, in their dtypes and shapes."""
+    query, key, value, key_bias, out, lse = ctx.saved_tensors
+    scale = ctx.scale
+    blocks = _Blocks(query, key, value, ctx.block_mask, scale, key_bias)
+    dtype = blocks.query.dtype
+    delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1).transpose(1, 2)
+    # Rows without keys have lse -inf: no weight, and whatever arrives through them is dropped.
+    empty = lse == -torch.inf
+    shift = torch.where(empty, 0.0, grad_lse.to(dtype) - delta)
+    grad_out_blocks, lse_blocks, shift_blocks = (
+        blocks.by_q_block(grad_out.to(dtype).transpose(1, 2)),
+        blocks.by_q_block(torch.where(empty, torch.inf, lse).unsqueeze(-1), padding=torch.inf),
+        blocks.by_q_block(shift.unsqueeze(-1)),
+    )
+    grad_query = torch.zeros_like(blocks.query)
+    grad_key, grad_value = torch.zeros_like(blocks.key), torch.zeros_like(blocks.value)
+    for start, stop, width in blocks.chunks():
+        scores, keys, rows = blocks.scores(start, stop, width)
+        values = blocks.gathered(blocks.value, start, stop, width)
+        grad_o = grad_out_blocks[:, :, start:stop]
+        weights = torch.exp(scores - lse_blocks[:, :, start:stop])
+        grad_scores = weights * (grad_o @ values.transpose(-1, -2) + shift_blocks[:, :, start:stop]) * scale
+        grad_query[:, :, start:stop] = grad_scores @ keys
+        q = blocks.query[:, :, start:stop]
+        blocks.scatter_add(grad_key, rows, grad_scores.transpose(-1, -2) @ q)
+        blocks.scatter_add(grad_value, rows, weights.transpose(-1, -2) @ grad_o)
+    grad_query = grad_query.flatten(2, 3)[:, :, : query.shape[1]].transpose(1, 2).to(query.dtype)
+    grad_key, grad_value = (
+        g.flatten(2, 3)[:, :, : key.shape[1]].transpose(1, 2).to(key.dtype) for g in (grad_key, grad_value)
+    )
+    return grad_query, grad_key, grad_value
 
 
 class _Blocks:
