@@ -31,7 +31,8 @@ def sparse_attention(
         backend: a backend of `vidsparse_kernels.block_sparse_attention`, default what the context says, else "auto".
 
     Returns:
-        Output with the shape and dtype of `query`. Differentiable in query, key and value, also under torch.compile.
+        Output with the shape and dtype of `query`; under autocast in its dtype, as with dense attention. Differentiable
+        in query, key and value, also under torch.compile.
 
     Raises:
         ConfigError: the context selects nothing.
@@ -49,6 +50,10 @@ def sparse_attention(
         block_mask, backend = context.block_mask, backend or context.backend
     if block_mask is None:
         raise ConfigError("The context of a dense call selects no blocks; call the model's dense attention instead.")
+    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+        # Norms and rotary embedding may leave query and key in fp32 beside a value in half precision.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if torch.compiler.is_compiling():
         from vidsparse.ops import block_sparse_attention_op
 

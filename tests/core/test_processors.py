@@ -22,6 +22,7 @@ from vidsparse.errors import (
 )
 from vidsparse.layout import LatentGrid
 from vidsparse.masks.radial import radial_dense_blocks
+from vidsparse.processors.binding import unbind
 
 OPTIONS = {"block_size": 16, "decay_factor": 0.2, "dense_layers": 0, "warmup_steps": 0}
 
@@ -337,6 +338,67 @@ def test_gradients_with_and_without_checkpointing(build_transformer, forward):
     assert max(g.abs().max() for n, g in plain.items() if "attn1.to_q" in n) > 1e-6
 
 
+@pytest.mark.parametrize("between", ["teacher", "shorter-dense"])
+def test_checkpointing_replays_what_its_own_forward_did(build_transformer, forward, between):
+    model = build_transformer().train()
+    vidsparse.apply(model, **OPTIONS, min_tokens=200)
+
+    def gradients():
+        model.zero_grad()
+        loss = forward(model).square().mean()
+        if between == "teacher":
+            # Counted as a step of a generation, so it may be dense where training is sparse.
+            with torch.no_grad():
+                forward(model)
+        else:
+            loss = loss + forward(model, frames=3).square().mean()
+        loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    want = gradients()
+    model.enable_gradient_checkpointing()
+    got = gradients()
+    assert set(got) == set(want) and len(got) > 50
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], atol=1e-7, rtol=1e-5, msg=name)
+
+
+def test_gradients_that_enter_through_the_text_only(build_transformer, forward):
+    model = build_transformer().requires_grad_(False)
+    handle = vidsparse.apply(model, **OPTIONS)
+    latents = torch.randn(1, 16, 5, 16, 16, generator=torch.Generator().manual_seed(0))
+    text = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    model(latents, torch.tensor([500.0]), text, return_dict=False)[0].square().mean().backward()
+    assert text.grad is not None and text.grad.abs().max() > 0
+    assert handle.report().backends == {"reference": 3}
+
+
+def test_training_under_autocast(build_transformer, forward):
+    model = build_transformer().train()
+    handle = vidsparse.apply(model, **{**OPTIONS, "density": 1.0})
+    with torch.autocast("cpu", torch.bfloat16):
+        got = forward(model)
+        got.float().square().mean().backward()
+        handle.remove()
+        want = forward(model)
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want, atol=0.05, rtol=0.05)
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_a_generation_between_training_steps_has_its_own_report(build_pipeline, generate, forward):
+    pipe = build_pipeline()
+    model, handle = pipe.transformer, vidsparse.apply(pipe, block_size=16)
+    for _ in range(2):
+        model.train()
+        for _ in range(2):
+            forward(model).mean().backward()
+        assert {(r.step, r.calls) for r in handle.report().rows} == {(None, 2)}
+        model.eval()
+        generate(pipe)
+        assert {(r.step, r.calls) for r in handle.report().rows} == {(step, 1) for step in range(4)}
+
+
 def test_training_has_no_warm_up(build_transformer, forward):
     model = build_transformer().train()
     handle = vidsparse.apply(model, block_size=16, decay_factor=0.2)
@@ -519,14 +581,77 @@ def test_copies_and_pickles_stand_alone(build_transformer, forward):
     vidsparse.apply(model, **OPTIONS)
     want = forward(model).detach()
     twin = copy.deepcopy(model)
+    thawed = pickle.loads(pickle.dumps(model))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert torch.equal(forward(twin).detach(), want)
+    assert torch.equal(forward(twin).detach(), want) and torch.equal(forward(thawed).detach(), want)
+    for copied in (twin, thawed):
+        unbind(copied)
+        assert torch.equal(forward(copied).detach(), stock) and not copied._forward_pre_hooks
     assert twin.blocks[0].attn1.processor is not model.blocks[0].attn1.processor
     processor = pickle.loads(pickle.dumps(vidsparse.RadialProcessor(density=0.5)))
     assert processor.recipe == vidsparse.RadialProcessor(density=0.5).recipe
     assert not torch.equal(stock, want)
+
+
+def test_the_transformer_of_a_pipeline_can_be_pickled(build_pipeline, generate):
+    pipe = build_pipeline()
+    vidsparse.apply(pipe, block_size=16)
+    want = generate(pipe)
+    pipe.transformer = pickle.loads(pickle.dumps(pipe.transformer))
+    assert torch.equal(generate(pipe), want)
+
+
+def test_processors_that_were_read_can_be_set_again(build_pipeline, generate):
+    pipe = build_pipeline()
+    stock = generate(pipe)
+    handle = vidsparse.apply(pipe, block_size=16)
+    want = generate(pipe)
+    pipe.transformer.set_attn_processor(pipe.transformer.attn_processors)
+    assert torch.equal(generate(pipe), want) and handle.report().num_sparse_calls == 12
+    handle.remove()
+    assert torch.equal(generate(pipe), stock)
+
+
+def test_a_refused_apply_leaves_the_earlier_one_working(build_pipeline, generate):
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+    class Other:
+        def __call__(self, attn, hidden_states, *args):
+            return hidden_states
+
+    pipe = build_pipeline(experts=2)
+    handle = vidsparse.apply(pipe, block_size=16)
+    want = generate(pipe)
+    taken = pipe.transformer_2.blocks[1].attn1.processor
+    pipe.transformer_2.blocks[1].attn1.set_processor(Other())
+    for _ in range(2):
+        with pytest.raises(UnsupportedModelError, match="Other does not compute attention through"):
+            vidsparse.apply(pipe, block_size=32)
+    pipe.transformer_2.blocks[1].attn1.set_processor(taken)
+    assert torch.equal(generate(pipe), want)
+    handle.remove()
+    assert {type(p) for p in pipe.transformer_2.attn_processors.values()} == {WanAttnProcessor}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"is_causal": True}, "causal attention asked for"), ({"dropout_p": 1e-9}, "attention dropout asked for")],
+    ids=["causal", "dropout"],
+)
+def test_what_sparse_attention_cannot_do_runs_dense_and_is_reported(build_transformer, forward, changes, reason):
+    model = build_transformer()
+    handle = vidsparse.apply(model, **OPTIONS)
+    layer = model.blocks[1].attn1.processor
+    plain = layer.attend
+    layer.attend = lambda *args, **kwargs: plain(*args, **{**kwargs, **changes})
+    forward(model)
+    assert handle.report().dense_calls == {reason: 1} and len(handle.report().fallbacks) == 1
+    layer.strict = True
+    with pytest.raises(DenseFallbackError, match=rf"blocks.1.attn1 would run dense \({reason}\)"):
+        forward(model)
 
 
 def test_save_and_load_while_bound(build_pipeline, generate, tmp_path):

@@ -41,9 +41,8 @@ def apply(target: Any, method: str | Recipe = "radial", *, strict: bool = False,
     """
     import torch
 
-    from vidsparse.processors.binding import bind
+    from vidsparse.processors.binding import bind, check_model
     from vidsparse.processors.context import RunState
-    from vidsparse.processors.families import family_of
 
     name = method.method if isinstance(method, Recipe) else method
     recipe = method if isinstance(method, Recipe) else None
@@ -59,7 +58,7 @@ def apply(target: Any, method: str | Recipe = "radial", *, strict: bool = False,
     if not models:
         raise UnsupportedModelError(f"{type(target).__name__} has no transformer; give a pipeline or a transformer.")
     for model in models.values():
-        family_of(model)
+        check_model(model)
     run = RunState(None if isinstance(target, torch.nn.Module) else _StepCount(target))
     bindings = {
         label: bind(processor, model, run=run, label=label if len(models) > 1 else "")

@@ -10,14 +10,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 
 from vidsparse.errors import DenseFallbackError, UnsupportedModelError
 from vidsparse.processors.base import SparseProcessor
-from vidsparse.processors.context import AttentionContext, RunState
+from vidsparse.processors.context import MAX_MASKS, AttentionContext, RunState
 from vidsparse.processors.families import Family, family_of
 from vidsparse.report import Row
 from vidsparse.schedule import ASKED_FOR, METHOD_DENSE, UNKNOWN_STEP
@@ -42,9 +42,12 @@ def install() -> None:
     def set_attn_processor(self: Any, processor: Any) -> None:
         if isinstance(processor, SparseProcessor):
             bind(processor, self)
-        else:
+            return
+        binding = vars(self).get(BINDING)
+        # `model.set_attn_processor(model.attn_processors)` puts back what is there, ours included.
+        if not (binding is not None and isinstance(processor, dict) and binding.owns_any(processor.values())):
             unbind(self)
-            original(self, processor)
+        original(self, processor)
 
     vars(set_attn_processor)["vidsparse_installed"] = True
     AttentionMixin.set_attn_processor = set_attn_processor
@@ -62,28 +65,52 @@ def bind(processor: SparseProcessor, model: Any, *, run: RunState | None = None,
     Raises:
         UnsupportedModelError: the family is unknown or the model's processors are not the family's own.
     """
-    from vidsparse.processors.delegate import LayerProcessor, make_layer
+    from vidsparse.processors.delegate import make_layer
 
-    family = family_of(model)
+    family = check_model(model)
     unbind(model)
-    saved: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "set_processor") and family.is_target(name, module):
-            saved[name] = module.processor
-    if not saved:
-        raise UnsupportedModelError(f"{type(model).__name__} has no video self-attention that vidsparse could take.")
+    saved = {name: module.processor for name, module in _targets(model, family)}
     prefix = f"{label}." if label else ""
-    layers = []
-    for index, (name, original) in enumerate(saved.items()):
-        if isinstance(original, LayerProcessor):
-            raise UnsupportedModelError(
-                f"{name} holds a layer processor of another binding; set the family's own processors first."
-            )
-        layers.append(make_layer(original, index=index, name=prefix + name, strict=processor.strict))
+    layers = [
+        make_layer(original, index=index, name=prefix + name, strict=processor.strict)
+        for index, (name, original) in enumerate(saved.items())
+    ]
     binding = Binding(processor, family, run or RunState(), layers, saved)
     binding.attach(model)
     processor.watch(binding.run)
     return binding
+
+
+def check_model(model: Any) -> Family:
+    """The family of a model that `bind` can take; changes nothing, so a refusal leaves an earlier binding working.
+
+    Raises:
+        UnsupportedModelError: as for `bind`.
+    """
+    from vidsparse.processors.delegate import LayerProcessor, delegate_class
+
+    family, binding = family_of(model), vars(model).get(BINDING)
+    targets = _targets(model, family)
+    if not targets:
+        raise UnsupportedModelError(f"{type(model).__name__} has no video self-attention that vidsparse could take.")
+    for name, module in targets:
+        if binding is not None and binding.owns_any([module.processor]):
+            continue
+        if isinstance(module.processor, LayerProcessor):
+            raise UnsupportedModelError(
+                f"{name} holds a layer processor of another binding; set the family's own processors first."
+            )
+        delegate_class(type(module.processor))
+    return family
+
+
+def _targets(model: Any, family: Family) -> list[tuple[str, Any]]:
+    """Paths and modules of the video self-attention, in the order of the model."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if hasattr(module, "set_processor") and family.is_target(name, module)
+    ]
 
 
 def unbind(model: Any) -> None:
@@ -104,6 +131,10 @@ class Binding:
         self._handles: list[Any] = []
         self._parameters: tuple[str, ...] = ()
         self._rows: list[Row] = []
+
+    def owns_any(self, processors: Iterable[Any]) -> bool:
+        """Whether one of these is a layer processor of this binding."""
+        return any(processor is layer for processor in processors for layer in self.layers)
 
     def attach(self, model: Any) -> None:
         for name, layer in zip(self.saved, self.layers, strict=True):
@@ -128,6 +159,7 @@ class Binding:
                         _carry(choice, layer, original)
                 module.set_processor(original)
             layer.context = None
+            layer.recent.clear()
         for handle in self._handles:
             handle.remove()
         vars(model).pop("cache_context", None)
@@ -148,7 +180,8 @@ class Binding:
         mask, backend, backend_reason = None, "dense", None
         if None in reasons:
             mask = run.mask(processor, layout, hidden_states.device)
-            needs_grad = grad and (hidden_states.requires_grad or any(p.requires_grad for p in model.parameters()))
+            tensors = (x for x in arguments.values() if isinstance(x, torch.Tensor))
+            needs_grad = grad and any(x.requires_grad for x in (*tensors, *model.parameters()))
             backend, backend_reason = self._select_backend(model, hidden_states, mask, needs_grad)
         self._rows = []
         for layer, reason in zip(self.layers, reasons, strict=True):
@@ -164,12 +197,11 @@ class Binding:
                 backend=backend if sparse else "auto",
             )
             layer.sparse, layer.called, layer.late_reason = sparse, False, None
-            if training:
+            if grad:
+                # For a replay inside the backward pass; a forward without gradients, of a teacher for instance, has none.
                 layer.recent[layout.seq_len] = layer.context
-                while len(layer.recent) > 4:
+                while len(layer.recent) > MAX_MASKS:
                     layer.recent.pop(next(iter(layer.recent)))
-            else:
-                layer.recent.clear()
             self._rows.append(
                 Row(
                     layer=layer.layer_index,

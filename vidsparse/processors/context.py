@@ -57,6 +57,7 @@ class RunState:
         self.report = Report()
         self.masks: dict[tuple[TokenLayout, str], tuple[BlockMask, str | None]] = {}
         self._ask_num_steps = num_steps
+        self._in_training = False
         self.reset()
 
     def reset(self) -> None:
@@ -75,7 +76,9 @@ class RunState:
         """The pipeline opened a cache context for one forward; older diffusers give no index, so entries are counted."""
         if step_index is not None:
             again = step_index == 0 and self._entries.get(branch) == 0
-            if again or (self.step is not None and step_index < self.step):
+            # Training between two generations forgets the step, but not the entries.
+            latest = max([*self._entries.values(), -1 if self.step is None else self.step])
+            if again or step_index < latest:
                 self.reset()
             self._entries[branch] = step_index
         else:
@@ -97,7 +100,11 @@ class RunState:
                 no step index.
             training: gradients are recorded and the model trains: there is no step then.
         """
-        if not self._in_context and training:
+        in_training = training and not self._in_context
+        if in_training != self._in_training:
+            # A generation between training steps has a report of its own.
+            self._in_training, self._starting = in_training, True
+        if in_training:
             self.step = self.num_steps = self.branch = None
         elif not self._in_context or self._counted:
             self._observe(timestep)
@@ -138,6 +145,10 @@ class RunState:
         if note is not None:
             self.report.note(note)
         return mask
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A pickled model starts its own generation too, and has no pipeline to ask.
+        return RunState, ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RunState:
         # A copied model starts its own generation; the pipeline it asks for the number of steps stays the same.

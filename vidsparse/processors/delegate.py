@@ -14,6 +14,8 @@ from vidsparse.errors import DenseFallbackError, UnboundProcessorError, Unsuppor
 from vidsparse.processors.context import AttentionContext
 
 ATTENTION_MASK = "attention mask given"
+CAUSAL = "causal attention asked for"
+DROPOUT = "attention dropout asked for"
 
 
 class LayerProcessor:
@@ -45,21 +47,25 @@ class LayerProcessor:
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Attention of this layer on `[batch, seq_len, num_heads, head_dim]`, sparse or dense as the context says."""
-        context = self.context
+        context, sparse = self.context, self.sparse
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            # Gradient checkpointing replays this layer inside a backward pass; other forwards may have run since.
+            context = self.recent.get(query.shape[1], context)
+            sparse = context is not None and context.block_mask is not None
         if context is None:
             raise UnboundProcessorError(
                 "A vidsparse layer processor was called outside its model's forward; set a processor on the whole "
                 "transformer with `set_attn_processor`, and do not reuse processors read from another model."
             )
-        sparse = self.sparse
-        if sparse and kwargs.get("attn_mask") is not None:
-            # The mask would have to be cut into blocks; dense attention is exact.
+        obstacle = _obstacle(**kwargs) if sparse else None
+        if obstacle is not None:
+            # Dense attention is exact for all of these.
             if self.strict:
                 raise DenseFallbackError(
-                    f"Layer {self.layer_name} got an attention mask, which sparse attention cannot take, so it would "
-                    "run dense; turn off `strict` or the mask."
+                    f"Layer {self.layer_name} would run dense ({obstacle}), because sparse attention cannot do that; "
+                    "call the model without it or turn off `strict`."
                 )
-            self.late_reason = ATTENTION_MASK
+            self.late_reason = obstacle
             sparse = False
         if not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
             # Not inside a compiled checkpoint, where nothing outside may be written.
@@ -68,10 +74,16 @@ class LayerProcessor:
             return dispatch_attention_fn(
                 query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config, **kwargs
             )
-        if not torch.compiler.is_compiling() and query.shape[1] != context.layout.seq_len:
-            # Gradient checkpointing may replay an earlier forward with another length.
-            context = self.recent.get(query.shape[1], context)
         return sparse_attention(query, key, value, context, scale=kwargs.get("scale"))
+
+
+def _obstacle(*, attn_mask: Any = None, is_causal: bool = False, dropout_p: float = 0.0, **_: Any) -> str | None:
+    """What in a call the sparse path cannot do, or None."""
+    if attn_mask is not None:
+        return ATTENTION_MASK
+    if is_causal:
+        return CAUSAL
+    return DROPOUT if dropout_p else None
 
 
 def attend(
