@@ -94,8 +94,10 @@ def test_a_video_with_table_and_seed(short: list[str], capsys: pytest.CaptureFix
 
 
 def test_json_is_all_of_stdout(short: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*short, "-p", "a cat", "-o", "clip.mp4", "--json", "--decay-factor", "0.4"]) == OK
-    document = json.loads(capsys.readouterr().out)
+    assert main([*short, "-p", "a cat \U0001f388", "-o", "clip.mp4", "--json", "--decay-factor", "0.4"]) == OK
+    out = capsys.readouterr().out
+    document = json.loads(out)
+    assert out.isascii() and document["settings"]["prompt"] == "a cat \U0001f388"
     assert document["path"] == "clip.mp4" and document["json_path"] == "clip.json"
     assert document["settings"]["method_options"]["decay_factor"] == 0.4
 
@@ -112,6 +114,13 @@ def test_prompt_file_makes_several_videos(short: list[str], capsys: pytest.Captu
     assert [d["settings"]["seed"] for d in documents] == [7, 8]
     wanted = ["000-a-cat-seed7.json", "000-a-cat-seed7.mp4", "001-a-dog-seed8.json", "001-a-dog-seed8.mp4"]
     assert sorted(p.name for p in Path("out").iterdir()) == wanted
+
+
+def test_prompt_file_in_a_config(short: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("prompts.txt").write_text("a cat\na dog\n")
+    Path("run.yaml").write_text("prompt-file: prompts.txt\njson: true\n")
+    assert main([*short, "--config", "run.yaml", "-o", "out/", "--frames", "1"]) == OK
+    assert [d["settings"]["prompt"] for d in json.loads(capsys.readouterr().out)] == ["a cat", "a dog"]
 
 
 def test_config_repeats_a_run_and_the_command_line_wins(short: list[str], capsys: pytest.CaptureFixture[str]) -> None:

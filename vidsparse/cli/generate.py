@@ -44,7 +44,7 @@ def run(
         convert(option_name(name), bool, from_file.pop(name, False)) or value
         for name, value in (("json", as_json), ("quiet", quiet), ("verbose", verbose))
     )
-    prompts = _prompts(given, from_file, prompt_file)
+    prompts, one = _prompts(given, from_file, prompt_file)
     if output is None and isinstance(from_file.get("output"), str):
         output = from_file["output"]
     if not verbose:
@@ -72,10 +72,12 @@ def run(
         if screen is not None:
             screen.close()
     if as_json:
-        print(json.dumps(documents if prompt_file is not None else documents[0], ensure_ascii=False))
+        # Plain ASCII, so that it can be piped whatever the terminal's encoding.
+        print(json.dumps(documents[0] if one else documents))
 
 
-def _prompts(given: dict[str, Any], from_file: dict[str, Any], prompt_file: str | None) -> list[str]:
+def _prompts(given: dict[str, Any], from_file: dict[str, Any], prompt_file: str | None) -> tuple[list[str], bool]:
+    """The prompts, and whether there can be only one: a prompt file gives a list even if it holds one."""
     from vidsparse_pipelines.prompts import read_prompts
 
     if prompt_file is not None and "prompt" in given:
@@ -83,11 +85,11 @@ def _prompts(given: dict[str, Any], from_file: dict[str, Any], prompt_file: str 
     if prompt_file is None and "prompt" not in given:
         prompt_file = from_file.get("prompt_file")
     if prompt_file is not None:
-        return read_prompts(prompt_file)
+        return read_prompts(prompt_file), False
     prompt = given.get("prompt", from_file.get("prompt"))
     if prompt is None:
         raise ConfigError("There is no prompt; give --prompt TEXT or --prompt-file FILE.")
-    return [str(prompt)]
+    return [str(prompt)], True
 
 
 def settle(
