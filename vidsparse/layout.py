@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vidsparse.checks import is_whole
 from vidsparse.errors import ConfigError
 
 
@@ -27,8 +28,8 @@ class LatentGrid:
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width"):
             size = getattr(self, name)
-            if size < 1:
-                raise ConfigError(f"`{name}` of a latent grid must be at least 1, got {size}.")
+            if not is_whole(size) or size < 1:
+                raise ConfigError(f"`{name}` of a latent grid must be a whole number of at least 1, got {size!r}.")
 
     @property
     def tokens_per_frame(self) -> int:
@@ -65,10 +66,11 @@ class TokenLayout:
 
     def __post_init__(self) -> None:
         for name in ("text_before", "text_after"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"`{name}` must not be negative, got {getattr(self, name)}.")
-        if self.block_size < 1:
-            raise ConfigError(f"`block_size` must be at least 1 token, got {self.block_size}.")
+            count = getattr(self, name)
+            if not is_whole(count) or count < 0:
+                raise ConfigError(f"`{name}` must be a whole number of at least 0, got {count!r}.")
+        if not is_whole(self.block_size) or self.block_size < 1:
+            raise ConfigError(f"`block_size` must be a whole number of at least 1 token, got {self.block_size!r}.")
 
     @property
     def text_len(self) -> int:

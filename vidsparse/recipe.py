@@ -100,10 +100,16 @@ class Recipe:
             raise ConfigError(f"A recipe has method, config and tuned_for, got {', '.join(sorted(data))}.")
         config = dict(data["config"])
         schedule = config.pop("schedule", {})
+        if not isinstance(schedule, dict):
+            raise ConfigError(f"`schedule` of a recipe must be an object of named settings, got {schedule!r}.")
         recipe = cls.from_options(data["method"], **config, **schedule)
         tuned = data.get("tuned_for")
         if tuned is None:
             return recipe
+        if not isinstance(tuned, dict):
+            raise ConfigError(
+                f"`tuned_for` of a recipe must be an object with model, grid and num_steps, got {tuned!r}."
+            )
         try:
             grid = LatentGrid(**tuned["grid"]) if tuned.get("grid") else None
             return dataclasses.replace(recipe, tuned_for=TunedFor(**{**tuned, "grid": grid}))

@@ -23,3 +23,11 @@ def test_sizes_must_be_positive(sizes):
 def test_layout_is_checked(changes):
     with pytest.raises(ConfigError, match=next(iter(changes))):
         TokenLayout(LatentGrid(1, 1, 1), **changes)
+
+
+@pytest.mark.parametrize("size", [1.5, True, "4"])
+def test_sizes_are_whole_numbers(size):
+    with pytest.raises(ConfigError, match="`frames` of a latent grid must be a whole number"):
+        LatentGrid(size, 2, 2)
+    with pytest.raises(ConfigError, match="`block_size` must be a whole number"):
+        TokenLayout(LatentGrid(2, 2, 2), block_size=size)

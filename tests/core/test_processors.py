@@ -603,6 +603,25 @@ def test_the_transformer_of_a_pipeline_can_be_pickled(build_pipeline, generate):
     assert torch.equal(generate(pipe), want)
 
 
+def test_training_after_a_generation_in_inference_mode(build_pipeline, generate, forward):
+    torch._dynamo.reset()
+    pipe = build_pipeline()
+    vidsparse.apply(pipe, **OPTIONS)
+    with torch.inference_mode():
+        generate(pipe)
+    pipe.transformer.train().compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    forward(pipe.transformer).square().mean().backward()
+    assert pipe.transformer.blocks[1].attn1.to_q.weight.grad.abs().max() > 0
+    torch._dynamo.reset()
+
+
+def test_a_forward_without_latents_gets_the_models_own_error(build_transformer):
+    model = build_transformer()
+    vidsparse.apply(model, **OPTIONS)
+    with pytest.raises(TypeError, match="hidden_states"):
+        model(timestep=torch.tensor([1.0]), encoder_hidden_states=torch.randn(1, 2, 32))
+
+
 def test_processors_that_were_read_can_be_set_again(build_pipeline, generate):
     pipe = build_pipeline()
     stock = generate(pipe)

@@ -44,7 +44,7 @@ def test_json_round_trip(recipe):
         ('{"version": 1, "method": "radial", "config": {}, "more": 1}', "A recipe has method"),
         ('{"version": 1, "method": "magic", "config": {}}', "one of radial, dense"),
         ('{"version": 1, "method": "radial", "config": {"density": 3}}', r"in \(0, 1\]"),
-        ('{"version": 1, "method": "radial", "config": {"density": "x"}}', "wrong type"),
+        ('{"version": 1, "method": "radial", "config": {"density": "x"}}', r"must be in \(0, 1\], got 'x'"),
         ('{"version": 1, "method": "radial", "config": {}, "tuned_for": {"grid": {"frames": 1}}}', "tuned_for"),
     ],
 )
@@ -74,3 +74,31 @@ def test_options_of_every_method():
         assert {"warmup_steps", "cooldown_steps", "dense_layers", "min_tokens"} <= set(options)
         assert Recipe.from_options(method, **options).method == method
     assert method_options("radial")["decay_factor"] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "rule"),
+    [
+        ("density", True, r"in \(0, 1\]"),
+        ("density", "a", r"in \(0, 1\]"),
+        ("decay_factor", True, "positive and finite"),
+        ("decay_factor", "1", "positive and finite"),
+        ("sink_frames", 1.5, "whole number of at least 0"),
+        ("sink_frames", True, "whole number of at least 0"),
+        ("block_size", 32.0, "multiple of 16"),
+        ("block_size", "x", "multiple of 16"),
+        ("block_size", 8, "multiple of 16"),
+        ("block_size", 24, "multiple of 16"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(option, value, rule):
+    with pytest.raises(ConfigError, match=rf"^`{option}` must be .*{rule}.*, got {value!r}\.$"):
+        Recipe.from_options("radial", **{option: value})
+
+
+@pytest.mark.parametrize("part", ["schedule", "tuned_for"])
+def test_a_part_of_a_recipe_that_is_no_object_is_named(part):
+    data = {"version": 1, "method": "radial", "config": {}}
+    (data if part == "tuned_for" else data["config"])[part] = "x"
+    with pytest.raises(ConfigError, match=f"`{part}` of a recipe must be an object .*, got 'x'"):
+        Recipe.from_dict(data)

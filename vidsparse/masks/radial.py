@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from vidsparse.checks import is_number, is_whole
 from vidsparse.errors import ConfigError
 from vidsparse.layout import LatentGrid, TokenLayout
 
@@ -174,18 +175,18 @@ def radial_dense_blocks(
 
 def check_density(density: float) -> None:
     """Raise ConfigError unless `density` is in (0, 1]."""
-    if not 0.0 < density <= 1.0:
-        raise ConfigError(f"`density` must be in (0, 1], got {density}.")
+    if not is_number(density) or not 0.0 < density <= 1.0:
+        raise ConfigError(f"`density` must be in (0, 1], got {density!r}.")
 
 
 def check_radial(decay_factor: float, variant: str, sink_frames: int) -> None:
     """Raise ConfigError for a decay factor, variant or number of sink frames that cannot be."""
-    if not (decay_factor > 0 and math.isfinite(decay_factor)):
-        raise ConfigError(f"`decay_factor` must be positive and finite, got {decay_factor}.")
+    if not is_number(decay_factor) or not (decay_factor > 0 and math.isfinite(decay_factor)):
+        raise ConfigError(f"`decay_factor` must be positive and finite, got {decay_factor!r}.")
     if variant not in get_args(Variant):
         raise ConfigError(f"`variant` must be one of {', '.join(get_args(Variant))}, got {variant!r}.")
-    if sink_frames < 0:
-        raise ConfigError(f"`sink_frames` must not be negative, got {sink_frames}.")
+    if not is_whole(sink_frames) or sink_frames < 0:
+        raise ConfigError(f"`sink_frames` must be a whole number of at least 0, got {sink_frames!r}.")
 
 
 def _sizes(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vidsparse.checks import is_whole
 from vidsparse.errors import ConfigError
 from vidsparse.layout import LatentGrid, TokenLayout
 from vidsparse.processors.base import SparseProcessor
@@ -50,10 +51,11 @@ class RadialConfig:
         if self.density is not None:
             check_density(self.density)
         check_radial(self.decay_factor, self.variant, self.sink_frames)
-        if self.block_size is not None and (self.block_size < SMALLEST_BLOCK or self.block_size % SMALLEST_BLOCK):
+        size = self.block_size
+        if size is not None and (not is_whole(size) or size < SMALLEST_BLOCK or size % SMALLEST_BLOCK):
             raise ConfigError(
                 f"`block_size` must be a multiple of {SMALLEST_BLOCK} tokens and at least {SMALLEST_BLOCK}, "
-                f"got {self.block_size}."
+                f"got {size!r}."
             )
 
 

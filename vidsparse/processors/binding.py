@@ -168,6 +168,8 @@ class Binding:
     def before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
         processor, run = self.processor, self.run
+        if self.family.hidden_states not in arguments:
+            return  # The model's own error says what is missing.
         hidden_states = arguments[self.family.hidden_states]
         grad = torch.is_grad_enabled()
         training = grad and model.training

@@ -140,7 +140,9 @@ class RunState:
         if where not in self.masks:
             while len(self.masks) >= MAX_MASKS:
                 self.masks.pop(next(iter(self.masks)))
-            self.masks[where] = processor.build_mask(layout, device)
+            # A mask made in inference mode could not be saved for a backward pass later.
+            with torch.inference_mode(False):
+                self.masks[where] = processor.build_mask(layout, device)
         mask, note = self.masks[where]
         if note is not None:
             self.report.note(note)

@@ -1,0 +1,16 @@
+"""What counts as a number in a setting: True is none, and 32.0 is not a whole one."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+from typing import Any
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number; NumPy's integers are."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number."""
+    return isinstance(value, Real) and not isinstance(value, bool)
