@@ -60,7 +60,7 @@ def contact_sheet(videos: list[np.ndarray], scale: int) -> Image.Image:
 def picture(videos: list[np.ndarray], benchmark: dict) -> plt.Figure:
     figure = plt.figure(figsize=(12, 6.2), dpi=120)
     grid = figure.add_gridspec(3, 12, height_ratios=(1, 1, 2.3), hspace=0.25, wspace=0.3)
-    for row, index in enumerate((0, 5)):
+    for row, index in enumerate((0, 3)):
         for column, frame in enumerate((0, 16, 32, 48, 64, 80)):
             axes = figure.add_subplot(grid[row, 2 * column : 2 * column + 2])
             axes.imshow(videos[index][frame], interpolation="nearest")

@@ -645,6 +645,9 @@ def export(c: Config, work_dir: Path, output: Path) -> None:
         config = json.loads((temporary / name).read_text())
         config[key] = ["transformers", "PreTrainedTokenizerFast"] if key == "tokenizer" else "PreTrainedTokenizerFast"
         (temporary / name).write_text(json.dumps(config, indent=2) + "\n")
+    scheduler = temporary / "scheduler/scheduler_config.json"  # without settings that only some diffusers know
+    config = {k: v for k, v in json.loads(scheduler.read_text()).items() if v is not None}
+    scheduler.write_text(json.dumps(config, indent=2) + "\n")
     for file in temporary.rglob("*"):
         file.chmod(0o755 if file.is_dir() else 0o644)
     if output.exists():
