@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from vidsparse.errors import ConfigError
+from vidsparse.processors.context import AttentionContext
 from vidsparse_kernels import BlockMask, block_sparse_attention
-
-if TYPE_CHECKING:
-    from vidsparse.processors.context import AttentionContext
 
 
 def sparse_attention(
@@ -35,7 +31,7 @@ def sparse_attention(
         in query, key and value, also under torch.compile.
 
     Raises:
-        ConfigError: the context selects nothing.
+        ConfigError: the context selects nothing or is something else.
         ValueError: a shape, dtype or device does not fit the mask.
 
     Example:
@@ -46,8 +42,10 @@ def sparse_attention(
     """
     if isinstance(context, BlockMask):
         block_mask, backend = context, backend or "auto"
-    else:
+    elif isinstance(context, AttentionContext):
         block_mask, backend = context.block_mask, backend or context.backend
+    else:
+        raise ConfigError(f"`context` must be a BlockMask or an AttentionContext, got {type(context).__name__}.")
     if block_mask is None:
         raise ConfigError("The context of a dense call selects no blocks; call the model's dense attention instead.")
     if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:

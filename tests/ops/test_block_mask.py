@@ -142,11 +142,17 @@ def test_wrong_dense_masks_and_sizes_are_refused():
         BlockMask.from_dense(torch.ones(1, 1, 2, 3), **SIZES)
     with pytest.raises(ValueError, match=r"\[B\|1, H\|1, 2, 3\]"):
         BlockMask.from_dense(torch.ones(1, 1, 3, 2).bool(), **SIZES)
-    with pytest.raises(ValueError, match="`seq_len_q` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`seq_len_q` must be a whole number of at least 1, got 0"):
         BlockMask.full(0, 5, q_block_size=1, kv_block_size=1)
     mask = BlockMask.full(20, 30, q_block_size=10, kv_block_size=10)
     with pytest.raises(ValueError, match="same `kv_block_size`, got 10 and 15"):
         mask.union(BlockMask.full(20, 30, q_block_size=10, kv_block_size=15))
+
+
+@pytest.mark.parametrize("size", [0, -1, 10.5, "8"])
+def test_sizes_are_whole_numbers(size):
+    with pytest.raises(ValueError, match="`seq_len_q` must be a whole number of at least 1, got"):
+        BlockMask.full(size, 10, q_block_size=2, kv_block_size=2)
 
 
 @pytest.mark.parametrize("lead", [(0, 1), (1, 0)], ids=str)

@@ -25,7 +25,7 @@ def processor_class(method: str) -> type[SparseProcessor]:
     Raises:
         ConfigError: no method has this name.
     """
-    if method not in PROCESSORS:
+    if not isinstance(method, str) or method not in PROCESSORS:
         raise ConfigError(f"`method` must be one of {', '.join(PROCESSORS)}, got {method!r}.")
     return PROCESSORS[method]
 

@@ -45,6 +45,8 @@ class SparseProcessor(ABC):
             recipe = Recipe.from_options(self.method, **options)
         elif options:
             raise ConfigError(f"Give a recipe or options, not both; got a recipe and {', '.join(options)}.")
+        if not isinstance(recipe, Recipe):
+            raise ConfigError(f"`recipe` must be a Recipe, got {recipe!r}; give settings by name, as density=0.3.")
         if recipe.method != self.method:
             raise ConfigError(f"{type(self).__name__} takes recipes of {self.method!r}, got one of {recipe.method!r}.")
         self.recipe = recipe

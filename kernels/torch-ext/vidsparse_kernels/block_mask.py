@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -281,8 +282,8 @@ def _check_sizes(seq_len_q: int, seq_len_kv: int, q_block_size: int, kv_block_si
         "kv_block_size": kv_block_size,
     }
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {size}.")
+        if not isinstance(size, Integral) or size < 1:
+            raise ValueError(f"`{name}` must be a whole number of at least 1, got {size!r}.")
     return -(-seq_len_q // q_block_size), -(-seq_len_kv // kv_block_size)
 
 
