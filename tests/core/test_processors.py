@@ -24,7 +24,7 @@ from vidsparse.layout import LatentGrid
 from vidsparse.masks.radial import radial_dense_blocks
 from vidsparse.processors.binding import unbind
 
-OPTIONS = {"block_size": 16, "decay_factor": 0.2, "dense_layers": 0, "warmup_steps": 0}
+OPTIONS = {"block_size": 16, "decay_factor": 0.2, "variant": "paper", "dense_layers": 0, "warmup_steps": 0}
 
 STEPS_ARE_TOLD = hasattr(diffusers_hooks, "CacheContext")
 """Whether this diffusers tells the model step and number of steps; older ones leave them to be counted."""

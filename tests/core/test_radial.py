@@ -243,3 +243,21 @@ def test_bad_arguments(options):
 def test_bad_density(density):
     with pytest.raises(ConfigError, match=r"in \(0, 1\]"):
         solve_decay_factor(LatentGrid(4, 8, 8), density)
+
+
+@pytest.mark.parametrize("grid", [LatentGrid(21, 8, 12), LatentGrid(21, 12, 20), LatentGrid(21, 30, 52)])
+def test_the_processor_takes_the_variant_that_comes_nearest_to_a_density(grid):
+    from vidsparse import RadialProcessor
+
+    def density(**options):
+        processor = RadialProcessor(**options)
+        mask, note = processor.build_mask(processor.layout(grid), None)
+        return mask.density, note
+
+    by_itself = density()[0]
+    assert by_itself == density(variant="release")[0]
+    assert density(density=1.0) == (1.0, None)
+    for target in (by_itself, 0.7):
+        reached, note = density(density=target)
+        assert reached == pytest.approx(target, abs=0.06)
+        assert (note is None) == (abs(reached - target) <= 0.01)
