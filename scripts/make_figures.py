@@ -17,6 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from vidsparse import LatentGrid, RadialProcessor
@@ -57,7 +58,7 @@ def contact_sheet(videos: list[np.ndarray], scale: int) -> Image.Image:
     return sheet
 
 
-def picture(videos: list[np.ndarray], benchmark: dict) -> plt.Figure:
+def picture(videos: list[np.ndarray], benchmark: dict) -> Figure:
     figure = plt.figure(figsize=(12, 6.2), dpi=120)
     grid = figure.add_gridspec(3, 12, height_ratios=(1, 1, 2.3), hspace=0.25, wspace=0.3)
     for row, index in enumerate((0, 3)):

@@ -9,6 +9,8 @@ Everything is saved under --work-dir; run the same command again to go on where 
 a run early on purpose). `--smoke` shrinks everything to run in about two minutes on a CPU.
 """
 
+# diffusers exports its classes lazily, which pyright takes for private.
+# pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
 import argparse
@@ -22,6 +24,7 @@ import time
 import types
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -164,7 +167,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_vae(c: Config) -> AutoencoderKLWan:
+def build_vae(c: Config) -> Any:
     return AutoencoderKLWan(
         base_dim=c.vae_base_dim,
         decoder_base_dim=c.vae_decoder_base_dim,
@@ -183,7 +186,7 @@ def build_vae(c: Config) -> AutoencoderKLWan:
     )
 
 
-def build_text_encoder(c: Config, vocab_size: int) -> UMT5EncoderModel:
+def build_text_encoder(c: Config, vocab_size: int) -> Any:
     return UMT5EncoderModel(
         UMT5Config(
             vocab_size=vocab_size,
@@ -200,8 +203,8 @@ def build_text_encoder(c: Config, vocab_size: int) -> UMT5EncoderModel:
     )
 
 
-def build_transformer(c: Config) -> WanTransformer3DModel:
-    model = WanTransformer3DModel(
+def build_transformer(c: Config) -> Any:
+    model: Any = WanTransformer3DModel(
         patch_size=(1, 1, 1),
         num_attention_heads=c.num_heads,
         attention_head_dim=c.head_dim,
@@ -249,7 +252,7 @@ def _fused_rms_norm(self: WanRMS_norm, x: Tensor) -> Tensor:
     return F.rms_norm(last, (last.shape[-1],), self.gamma.flatten().to(x.dtype), 1e-12).movedim(-1, 1)
 
 
-def whole_clip_mode(vae: AutoencoderKLWan) -> AutoencoderKLWan:
+def whole_clip_mode(vae: Any) -> Any:
     """Make `vae.encoder(x)` and `vae.decoder(z, first_chunk=True)` take whole clips, for training."""
     for m in vae.modules():
         if isinstance(m, WanResample):
@@ -257,17 +260,17 @@ def whole_clip_mode(vae: AutoencoderKLWan) -> AutoencoderKLWan:
         elif isinstance(m, WanRMS_norm):
             m.forward = types.MethodType(_fused_rms_norm, m)
         elif isinstance(m, nn.Conv3d):
-            m.to(memory_format=torch.channels_last_3d)
+            m.weight.data = m.weight.data.contiguous(memory_format=torch.channels_last_3d)
     return vae
 
 
-def encode_moments(vae: AutoencoderKLWan, clips: Tensor) -> tuple[Tensor, Tensor]:
+def encode_moments(vae: Any, clips: Tensor) -> tuple[Tensor, Tensor]:
     x = patchify(clips, 2).contiguous(memory_format=torch.channels_last_3d)
     mean, logvar = vae.quant_conv(vae.encoder(x)).chunk(2, dim=1)
     return mean.float(), logvar.float().clamp(-30, 20)
 
 
-def decode_whole(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+def decode_whole(vae: Any, latents: Tensor) -> Tensor:
     return unpatchify(vae.decoder(vae.post_quant_conv(latents), first_chunk=True), 2)
 
 
@@ -371,7 +374,7 @@ def load_training_state(path: Path, modules: dict[str, Tensor], optimizers: list
     return step
 
 
-def load_vae(c: Config, work_dir: Path, device: torch.device) -> AutoencoderKLWan:
+def load_vae(c: Config, work_dir: Path, device: torch.device) -> Any:
     vae = build_vae(c)
     vae.load_state_dict(load_file(work_dir / "vae.safetensors"))
     return vae.to(device).eval().requires_grad_(False)
@@ -425,7 +428,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((x1 * cos - x2 * sin, x1 * sin + x2 * cos), -1).flatten(-2).to(x.dtype)
 
 
-def attend(attn: nn.Module, x: Tensor, context: Tensor, rope: tuple[Tensor, Tensor] | None, bias: Tensor | None):
+def attend(attn: Any, x: Tensor, context: Tensor, rope: tuple[Tensor, Tensor] | None, bias: Tensor | None):
     q, k, v = attn.norm_q(attn.to_q(x)), attn.norm_k(attn.to_k(context)), attn.to_v(context)
     q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in (q, k, v))
     if rope is not None:
@@ -458,7 +461,7 @@ def text_bias(lengths: Tensor, width: int, padded_to: int) -> Tensor:
     return bias.view(-1, 1, 1, width)
 
 
-def transformer_forward(model: WanTransformer3DModel, run_block, x: Tensor, sigma: Tensor, text: Tensor, bias: Tensor):
+def transformer_forward(model: Any, run_block, x: Tensor, sigma: Tensor, text: Tensor, bias: Tensor):
     """`WanTransformer3DModel.forward` on latents `[b, c, t, h, w]`; text `[b, width, dim]`."""
     cos, sin = model.rope(x)
     rope = (cos[..., 0::2], sin[..., 1::2])
@@ -484,13 +487,13 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         for group in self.param_groups:
             shapes: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:
                 shapes.setdefault(p.shape, []).append(p)
             for shape, params in shapes.items():
-                grads = [p.grad for p in params]
+                grads = [p.grad for p in params if p.grad is not None]  # all: the loss reaches every matrix
                 for p in params:
                     if "momentum" not in self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p)
@@ -515,7 +518,7 @@ def orthogonalize(g: Tensor) -> Tensor:
     return (x.mT if tall else x).float()
 
 
-def encode_text(tokenizer, encoder: UMT5EncoderModel, captions: list[str], c: Config, device, drop=None):
+def encode_text(tokenizer, encoder: Any, captions: list[str], c: Config, device, drop=None):
     batch = tokenizer(captions, padding="max_length", truncation=True, max_length=c.text_length, return_tensors="pt")
     ids, mask = batch.input_ids, batch.attention_mask
     if drop is not None:
@@ -615,7 +618,7 @@ def train_dit(c: Config, clock: Clock, work_dir: Path, device: torch.device) -> 
 
 
 def build_pipeline(c: Config, work_dir: Path) -> WanPipeline:
-    tokenizer = build_tokenizer()
+    tokenizer: Any = build_tokenizer()
     weights, data = load_file(work_dir / "dit.safetensors"), load_file(work_dir / "latents.safetensors")
     transformer, encoder = build_transformer(c), build_text_encoder(c, len(tokenizer))
     part = {
@@ -626,7 +629,7 @@ def build_pipeline(c: Config, work_dir: Path) -> WanPipeline:
     encoder.load_state_dict(part["text_encoder"], strict=False)  # the tied copy of the embedding is not listed
     vae = load_vae(c, work_dir, torch.device("cpu"))
     vae.register_to_config(latents_mean=data["mean"].tolist(), latents_std=data["std"].tolist())
-    scheduler = UniPCMultistepScheduler(
+    scheduler: Any = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=c.flow_shift, num_train_timesteps=1000
     )
     return WanPipeline(
@@ -660,7 +663,8 @@ def check_vae(c: Config, folder: Path, device: torch.device, count: int = 32) ->
     """Reconstruction PSNR of held-out clips per frame, through the pipeline's own chunk-by-chunk decode."""
     result: dict[str, object] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=dtype).to(device)
+        vae: Any = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=dtype)
+        vae = vae.to(device)
         for name, size in (("small", c.small), ("large", c.large)):
             rng = random.Random(f"check {c.seed} {name}")
             scores, frames = [], []
@@ -736,8 +740,8 @@ def train_the_checker(c: Config, clock: Clock, folder: Path, path: Path, device:
     """A share of its clips goes through the VAE, so that it judges content rather than the decoder's texture."""
     from vidsparse_pipelines.clips.checker import save_checker, train_checker, validate_checker
 
-    vae = AutoencoderKLWan.from_pretrained(folder / "vae").to(device).eval().requires_grad_(False)
-    vae = whole_clip_mode(vae)
+    vae: Any = AutoencoderKLWan.from_pretrained(folder / "vae")
+    vae = whole_clip_mode(vae.to(device).eval().requires_grad_(False))
 
     @torch.no_grad()
     def through_vae(clips: Tensor) -> Tensor:
