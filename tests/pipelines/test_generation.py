@@ -243,7 +243,7 @@ def test_sparse_differs_from_dense_and_is_removed(
         yield np.zeros((1, 16, 16, 3), np.uint8)
 
     monkeypatch.setattr(generation, "stream_frames", keep_latents)  # decoding is most of the time and not the point
-    options = {"warmup_steps": 0, "dense_layers": 0, "decay_factor": 0.05}
+    options = {"warmup_steps": 0, "dense_layers": 0, "decay_factor": 0.05, "variant": "paper", "block_size": 16}
     settings = small.with_(height=64, width=128, num_frames=17, method_options=options)
     dense = settings.with_(sparse="dense", method_options={})
     reports = [generate(s, tmp_path / "a.gif", loaded=shared).report for s in (dense, settings, dense)]
