@@ -120,8 +120,8 @@ def main() -> None:
     lines += [
         "## Limits",
         "- It knows the words of its grammar only; every other word is `<unk>`.",
-        "- Shapes wobble, above all the star, the ring and small objects; the transformer's loss was still falling when "
-        "its time was up.",
+        "- Outlines wobble: crosses, stars and rings in fast rotation, and small objects. Two objects that pass in front "
+        "of one another can fade or merge. The transformer's loss was still falling when its time was up.",
         "- The checker is lenient with a wobbling outline: it was validated on clean clips, and has been seen to take a "
         "star-like square for a square.",
         "- Longer than 81 frames it goes on, but was never trained there.",
