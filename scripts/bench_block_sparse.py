@@ -1,10 +1,13 @@
-"""Time block_sparse_attention against the dense kernels on one GPU.
+"""Time block_sparse_attention against the dense and sparse kernels that are there, on one GPU, in one run.
 
     python scripts/bench_block_sparse.py --output block_sparse.json
+    python scripts/bench_block_sparse.py --variable --output variable.json     blocks of variable size only
 
-Checks the kernels against float64 first and prints no speed if that fails. Block lists are random per head with the
-same number of blocks in every row, so nothing is gained from locality. TFLOP/s counts computed blocks only:
-4 * seq_len^2 * head_dim * num_heads * density.
+Checks every backend against float64 first and prints no speed if that fails. All kernels of a shape are timed in turns,
+because a GPU that grows warm slows down. Random masks list the same number of blocks per row and head, so nothing is
+gained from locality; radial ones are those of Wan at 480p and 720p, 81 frames. TFLOP/s counts computed blocks only:
+4 * seq_len^2 * head_dim * num_heads * density, 2.5 times that for a backward (ours computes 3.5 times as much).
+Conversions and transposed lists are made once per mask and not timed.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +29,37 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vidsparse_kernels import BlockMask
-from vidsparse_kernels.block_sparse_attention.forward import config_for, triton_forward
-from vidsparse_kernels.testing import assert_close_to_oracle, make_block_mask, make_qkv, masked_attention_oracle
+from vidsparse.layout import LatentGrid
+from vidsparse.masks.radial import radial_block_mask
+from vidsparse_kernels import BlockMask, UnsupportedBackendError, available_backends, block_sparse_attention
+from vidsparse_kernels.testing import (
+    assert_close_to_oracle,
+    make_block_mask,
+    make_qkv,
+    make_variable_block_mask,
+    masked_attention_oracle,
+)
 
-SHAPES = ((5_040, 4, 64), (32_760, 12, 128), (75_600, 6, 128))
-DENSITIES = (1.0, 0.45, 0.2)
-Q_BLOCK_SIZE, KV_BLOCK_SIZE = 128, 64
+BACKENDS = ("triton", "hopper", "flex", "flash4")
+SHAPES = ((8_192, 12, 128), (32_760, 12, 128), (75_600, 6, 128), (32_760, 12, 64))
+DENSITIES = (1.0, 0.2, 0.1)
+BLOCK_SIZES = ((128, 128), (128, 64))
+GRIDS = {32_760: LatentGrid(21, 30, 52), 75_600: LatentGrid(21, 45, 80)}
+FLEX_SHAPE = (32_760, 12, 128)
+"""FlexAttention is compiled for this shape alone: it takes long."""
+DENSE = {"dense cuDNN": SDPBackend.CUDNN_ATTENTION, "dense FlashAttention-2": SDPBackend.FLASH_ATTENTION}
+VARIABLE_SHAPE = (32_760, 12, 128)
+CLUSTERS = {64: (64, 64), 128: (128, 64)}
+"""Mean tokens of a cluster, and the tiles that it is computed in."""
+ROUNDS = 3
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--seconds", type=float, default=20.0, help="time budget for all measurements (default 20)")
+    parser.add_argument("--milliseconds", type=float, default=40.0, help="per kernel and round (default 40)")
+    parser.add_argument("--backends", default=",".join(BACKENDS), help="comma-separated, of " + ", ".join(BACKENDS))
+    parser.add_argument("--variable", action="store_true", help="clusters of random sizes beside uniform blocks")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("This benchmark needs a CUDA GPU.", file=sys.stderr)
@@ -51,120 +73,297 @@ def main() -> int:
         "commit": os.environ.get("VIDSPARSE_COMMIT", "unknown"),
     }
     print("  ".join(f"{name} {value}" for name, value in machine.items()))
+    backends = [b for b in arguments.backends.split(",") if b in available_backends()]
+    if arguments.variable:
+        backends = []
     try:
-        check_correctness()
+        backends = [b for b in backends if is_exact(b)]
+        check_variable() if arguments.variable else check_gradients()
     except AssertionError as error:
         print(f"Wrong result, so no speed is reported: {error}", file=sys.stderr)
         return 1
-    budget = arguments.seconds / (len(SHAPES) * (2 + 2 * len(DENSITIES)))
-    rows = [row for shape in SHAPES for row in bench_shape(*shape, budget)]
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    rows: list[dict[str, Any]] = []
+    for shape in [VARIABLE_SHAPE] if arguments.variable else SHAPES:
+        rows += (
+            bench_variable(*shape, arguments.milliseconds)
+            if arguments.variable
+            else bench(*shape, backends, arguments.milliseconds)
+        )
+        if arguments.output:  # after each shape, so that a run cut short keeps what it has
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
     return 0
 
 
-def check_correctness() -> None:
-    """Both variants against the float64 oracle on ragged shapes."""
-    for head_dim in (64, 128):
+def is_exact(backend: str) -> bool:
+    """Whether it takes part: False where it cannot do the case at all.
+
+    Raises:
+        AssertionError: it is wrong.
+    """
+    for head_dim, lengths in ((64, (1111, 1050)), (128, (900, 1300))):
         q, k, v = make_qkv(
-            seq_len_q=1111, seq_len_kv=1050, num_heads=4, head_dim=head_dim, dtype=torch.bfloat16, device="cuda"
-        )
+            seq_len_q=lengths[0], seq_len_kv=lengths[1], num_heads=4, head_dim=head_dim, dtype=torch.bfloat16,
+            device="cuda",
+        )  # fmt: skip
         mask = make_block_mask(
-            seq_len_q=1111, seq_len_kv=1050, q_block_size=128, num_heads=4, empty_rows=True, device="cuda"
-        )
+            seq_len_q=lengths[0], seq_len_kv=lengths[1], q_block_size=128, kv_block_size=128, num_heads=4,
+            device="cuda",
+        )  # fmt: skip
+        try:
+            out = block_sparse_attention(q, k, v, mask, backend=backend)
+        except UnsupportedBackendError as error:
+            print(f"Left out: {error}")
+            return False
         truth, _ = masked_attention_oracle(q, k, v, mask)
         eager, _ = masked_attention_oracle(q, k, v, mask, dtype=torch.bfloat16)
-        for variant in (True, False):
-            out = run_triton(q, k, v, mask, variant)
-            assert_close_to_oracle(out, eager, truth, name=f"head_dim {head_dim}, descriptors {variant}")
+        assert_close_to_oracle(out, eager, truth, name=f"{backend}, head_dim {head_dim}")
+    return True
 
 
-def bench_shape(seq_len: int, num_heads: int, head_dim: int, seconds: float) -> list[dict[str, Any]]:
+def check_gradients() -> None:
+    for head_dim in (64, 128):
+        inputs = make_qkv(
+            seq_len_q=1111, seq_len_kv=1050, num_heads=4, head_dim=head_dim, dtype=torch.bfloat16, device="cuda"
+        )
+        query, key, value = tensors = [x.requires_grad_() for x in inputs]
+        mask = make_block_mask(
+            seq_len_q=1111, seq_len_kv=1050, q_block_size=128, kv_block_size=128, num_heads=4, empty_rows=True,
+            device="cuda",
+        )  # fmt: skip
+        outputs = [
+            block_sparse_attention(query, key, value, mask, backend="triton"),
+            *(
+                masked_attention_oracle(query, key, value, mask, dtype=dtype)[0]
+                for dtype in (torch.bfloat16, torch.float64)
+            ),
+        ]
+        grad_out = torch.randn_like(tensors[0])
+        grads = [torch.autograd.grad((out * grad_out.to(out.dtype)).sum(), tensors) for out in outputs]
+        for name, got, eager, truth in zip(("query", "key", "value"), *grads, strict=True):
+            assert_close_to_oracle(got, eager, truth, name=f"gradient of {name}, head_dim {head_dim}")
+
+
+def bench(
+    seq_len: int, num_heads: int, head_dim: int, backends: list[str], milliseconds: float
+) -> list[dict[str, Any]]:
+    """Rows of one shape, printed too."""
     query, key, value = make_qkv(
         seq_len_q=seq_len, num_heads=num_heads, head_dim=head_dim, dtype=torch.bfloat16, device="cuda"
     )
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    grad_out = torch.randn_like(query)
+    runs: dict[tuple[str, str, str], tuple[Callable[[], Any], float]] = {}
+    for name, choice in DENSE.items():
+        forward, backward = dense_runs(choice, query, key, value, grad_out)
+        runs["forward", name, ""] = (forward, 1.0)
+        runs["backward", name, ""] = (backward, 1.0)
+    for mask_name, mask in masks(seq_len, num_heads).items():
+        for backend in backends:
+            if backend == "flex" and ((seq_len, num_heads, head_dim) != FLEX_SHAPE or "128x64" in mask_name):
+                continue
 
-    def cudnn() -> Tensor:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return F.scaled_dot_product_attention(q, k, v)
+            forward = partial(block_sparse_attention, query, key, value, mask, backend=backend)
+            try:
+                forward()
+            except UnsupportedBackendError:
+                continue
+            runs["forward", backend, mask_name] = (forward, mask.token_density)
+        if mask_name != "random 0.10 128x128":
+            q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
+            out = block_sparse_attention(q, k, v, mask, backend="triton")
 
+            backward = partial(torch.autograd.grad, out, (q, k, v), grad_out, retain_graph=True)
+            runs["backward", "triton", mask_name] = (backward, mask.token_density)
+
+    times: dict[tuple[str, str, str], list[float]] = {name: [] for name in runs}
+    for _ in range(ROUNDS):
+        for name, (run, _) in runs.items():
+            times[name] += measure(run, milliseconds)
     rows: list[dict[str, Any]] = []
-
-    def add(name: str, density: float, run: Callable[[], Tensor]) -> None:
-        p20, median, p80 = measure(run, seconds)
-        flops = 4 * seq_len**2 * head_dim * num_heads * density
-        row = {
-            "kernel": name, "seq_len": seq_len, "num_heads": num_heads, "head_dim": head_dim,
-            "density": round(density, 4), "ms": median, "ms_p20": p20, "ms_p80": p80,
-            "tflops": flops / median / 1e9,
-        }  # fmt: skip
-        dense = [r["ms"] for r in rows if r["kernel"].startswith("dense")]
-        row["kernel_speedup"] = min(dense, default=median) / median
-        rows.append(row)
+    for (direction, kernel, mask_name), samples in times.items():
+        samples.sort()
+        density = runs[direction, kernel, mask_name][1]
+        count = len(samples)
+        dense = min(sorted(s)[len(s) // 2] for n, s in times.items() if n[0] == direction and n[1] in DENSE)
+        ms = samples[count // 2]
+        flops = (4 if direction == "forward" else 10) * seq_len**2 * head_dim * num_heads * density
+        rows.append(
+            {
+                "direction": direction, "kernel": kernel, "mask": mask_name, "seq_len": seq_len,
+                "num_heads": num_heads, "head_dim": head_dim, "density": round(density, 4), "ms": ms,
+                "ms_p20": samples[count // 5], "ms_p80": samples[count * 4 // 5], "tflops": flops / ms / 1e9,
+                "kernel_speedup": dense / ms,
+            }
+        )  # fmt: skip
+    for row in sorted(rows, key=lambda row: (row["direction"] != "forward", row["mask"])):
         print(
-            f"S={seq_len:6d} H={num_heads:2d} D={head_dim:3d}  {name:24s} density {density:4.2f}  {median:8.3f} ms "
-            f"({p20:.3f}-{p80:.3f})  {row['tflops']:6.0f} TFLOP/s  kernel speedup {row['kernel_speedup']:5.2f}",
+            f"S={seq_len:6d} H={num_heads:2d} D={head_dim:3d}  {row['direction']:8s}  {row['kernel']:22s} "
+            f"{row['mask']:20s} density {row['density']:5.3f}  {row['ms']:8.3f} ms ({row['ms_p20']:.3f}-"
+            f"{row['ms_p80']:.3f})  {row['tflops']:5.0f} TFLOP/s  kernel speedup {row['kernel_speedup']:5.2f}",
             flush=True,
         )
-
-    add("dense SDPA default", 1.0, lambda: F.scaled_dot_product_attention(q, k, v))
-    add("dense SDPA cuDNN", 1.0, cudnn)
-    for density in DENSITIES:
-        mask = random_lists(seq_len, num_heads, density)
-        for variant in (True, False):
-            name = "triton descriptors" if variant else "triton pointers"
-            add(name, mask.token_density, lambda m=mask, d=variant: run_triton(query, key, value, m, d))
     return rows
 
 
-def run_triton(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, descriptors: bool) -> Tensor:
-    """The Triton kernel as the table configures it, with or without tensor descriptors."""
-    config = config_for(query, key, value, torch.empty_like(query), mask, descriptors=descriptors)
-    return triton_forward(
-        query, key, value, mask, scale=query.shape[-1] ** -0.5, key_bias=None, return_lse=False, config=config
-    )[0]
+def check_variable() -> None:
+    """Output and gradients with blocks of variable size, in the tiles that are timed.
+
+    Raises:
+        AssertionError: they are wrong.
+    """
+    inputs = make_qkv(seq_len_q=1111, seq_len_kv=1050, num_heads=4, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    query, key, value = tensors = [x.requires_grad_() for x in inputs]
+    grad_out = torch.randn_like(query)
+    for mean, (q_size, kv_size) in CLUSTERS.items():
+        mask = make_variable_block_mask(
+            seq_len_q=1111, seq_len_kv=1050, num_q_blocks=1111 // mean, num_kv_blocks=1050 // mean,
+            q_block_size=q_size, kv_block_size=kv_size, num_heads=4, offsets_heads=4, empty_rows=True, device="cuda",
+        )  # fmt: skip
+        outputs = [
+            block_sparse_attention(query, key, value, mask, backend="triton"),
+            *(
+                masked_attention_oracle(query, key, value, mask, dtype=dtype)[0]
+                for dtype in (torch.bfloat16, torch.float64)
+            ),
+        ]
+        grads = [torch.autograd.grad((out * grad_out.to(out.dtype)).sum(), tensors) for out in outputs]
+        names = ("output", "gradient of query", "gradient of key", "gradient of value")
+        for name, results in zip(names, (outputs, *zip(*grads, strict=True)), strict=True):
+            assert_close_to_oracle(*results, name=f"{name}, clusters of {mean}")
 
 
-def random_lists(seq_len: int, num_heads: int, density: float) -> BlockMask:
+def bench_variable(seq_len: int, num_heads: int, head_dim: int, milliseconds: float) -> list[dict[str, Any]]:
+    """Clusters beside uniform blocks of the same tiles, density 0.2; rows as those of `bench`, printed too."""
+    query, key, value = (
+        x.requires_grad_()
+        for x in make_qkv(
+            seq_len_q=seq_len, num_heads=num_heads, head_dim=head_dim, dtype=torch.bfloat16, device="cuda"
+        )
+    )
+    grad_out = torch.randn_like(query)
+    runs: dict[tuple[str, str], tuple[Callable[[], Any], BlockMask]] = {}
+    for mean, (q_size, kv_size) in CLUSTERS.items():
+        for name, mask in (
+            (f"uniform {q_size}x{kv_size}", random_lists(seq_len, num_heads, 0.2, q_size, kv_size)),
+            (
+                f"clusters of {mean}, tiles {q_size}x{kv_size}",
+                cluster_lists(seq_len, num_heads, mean, q_size, kv_size),
+            ),
+        ):
+            out = block_sparse_attention(query, key, value, mask, backend="triton")
+            inputs = (query.detach(), key.detach(), value.detach())
+            runs["forward", name] = (partial(block_sparse_attention, *inputs, mask, backend="triton"), mask)
+            backward = partial(torch.autograd.grad, out, (query, key, value), grad_out, retain_graph=True)
+            runs["backward", name] = (backward, mask)
+    times: dict[tuple[str, str], list[float]] = {name: [] for name in runs}
+    for _ in range(ROUNDS):
+        for name, (run, _) in runs.items():
+            times[name] += measure(run, milliseconds)
+    rows: list[dict[str, Any]] = []
+    for (direction, name), samples in sorted(times.items(), key=lambda item: item[0][0] != "forward"):
+        mask = runs[direction, name][1]
+        samples.sort()
+        ms = samples[len(samples) // 2]
+        flops = (4 if direction == "forward" else 10) * seq_len**2 * head_dim * num_heads
+        rows.append(
+            {
+                "direction": direction, "kernel": "triton", "mask": name, "seq_len": seq_len,
+                "num_heads": num_heads, "head_dim": head_dim, "density": round(mask.density, 4),
+                "token_density": round(mask.token_density, 4), "ms": ms, "ms_p20": samples[len(samples) // 5],
+                "ms_p80": samples[len(samples) * 4 // 5], "tflops": flops * mask.token_density / ms / 1e9,
+                "tflops_with_padding": flops * mask.density / ms / 1e9,
+            }
+        )  # fmt: skip
+        row = rows[-1]
+        print(
+            f"S={seq_len:6d} H={num_heads:2d} D={head_dim:3d}  {direction:8s}  {name:30s} tokens "
+            f"{row['token_density']:5.3f} computed {row['density']:5.3f}  {ms:8.3f} ms ({row['ms_p20']:.3f}-"
+            f"{row['ms_p80']:.3f})  {row['tflops']:5.0f} TFLOP/s on tokens  {row['tflops_with_padding']:5.0f} computed",
+            flush=True,
+        )
+    return rows
+
+
+def cluster_lists(seq_len: int, num_heads: int, mean: int, q_block_size: int, kv_block_size: int) -> BlockMask:
+    """Clusters of gamma-distributed sizes per head, and random lists of a fifth of them."""
+    blocks = round(seq_len / mean)
+    generator = torch.Generator().manual_seed(0)
+    offsets = []
+    for _ in range(2):
+        # The sum of two exponentials: shape 2, so that a fourth of the clusters has less than half the mean.
+        sizes = -torch.rand(1, num_heads, blocks, 2, generator=generator).clamp(min=1e-6).log().sum(-1)
+        ends = (sizes.cumsum(-1) / sizes.sum(-1, keepdim=True) * seq_len).round().int()
+        offsets.append(F.pad(ends, (1, 0)))
+        offsets[-1][..., -1] = seq_len
+    count = round(0.2 * blocks)
+    noise = torch.rand(1, num_heads, blocks, blocks, generator=generator)
+    indices = noise.topk(count, -1).indices.sort(-1).values
+    return BlockMask.from_indices(
+        torch.full(indices.shape[:3], count, dtype=torch.int32), indices, seq_len_q=seq_len, seq_len_kv=seq_len,
+        q_block_size=q_block_size, kv_block_size=kv_block_size, q_offsets=offsets[0], kv_offsets=offsets[1],
+    ).to("cuda")  # fmt: skip
+
+
+def dense_runs(
+    choice: SDPBackend, query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+
+    def forward() -> Tensor:
+        with sdpa_kernel(choice):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    q_grad, k_grad, v_grad = (x.detach().requires_grad_() for x in (q, k, v))
+    with sdpa_kernel(choice):
+        out = F.scaled_dot_product_attention(q_grad, k_grad, v_grad)
+    grad = grad_out.transpose(1, 2)
+    return forward, lambda: torch.autograd.grad(out, (q_grad, k_grad, v_grad), grad, retain_graph=True)
+
+
+def masks(seq_len: int, num_heads: int) -> dict[str, BlockMask]:
+    result = {
+        f"random {density:.2f} {q_size}x{kv_size}": random_lists(seq_len, num_heads, density, q_size, kv_size)
+        for density in DENSITIES
+        for q_size, kv_size in (BLOCK_SIZES if density == 0.2 else BLOCK_SIZES[:1])
+    }
+    if seq_len in GRIDS:
+        q_size, kv_size = BLOCK_SIZES[0]
+        result["radial"] = radial_block_mask(
+            GRIDS[seq_len], q_block_size=q_size, kv_block_size=kv_size, variant="release", device="cuda"
+        )
+    return result
+
+
+def random_lists(seq_len: int, num_heads: int, density: float, q_block_size: int, kv_block_size: int) -> BlockMask:
     """Random kv-blocks per head and q-block, the same number in every row."""
-    num_q_blocks, num_kv_blocks = math.ceil(seq_len / Q_BLOCK_SIZE), math.ceil(seq_len / KV_BLOCK_SIZE)
+    num_q_blocks, num_kv_blocks = math.ceil(seq_len / q_block_size), math.ceil(seq_len / kv_block_size)
     count = max(1, round(density * num_kv_blocks))
     generator = torch.Generator("cuda").manual_seed(0)
     noise = torch.rand(1, num_heads, num_q_blocks, num_kv_blocks, generator=generator, device="cuda")
     indices = noise.topk(count, -1).indices.sort(-1).values
-    counts = torch.full(indices.shape[:3], count, device="cuda", dtype=torch.int32)
     return BlockMask.from_indices(
-        counts,
-        indices,
-        seq_len_q=seq_len,
-        seq_len_kv=seq_len,
-        q_block_size=Q_BLOCK_SIZE,
-        kv_block_size=KV_BLOCK_SIZE,
-    )
+        torch.full(indices.shape[:3], count, device="cuda", dtype=torch.int32), indices,
+        seq_len_q=seq_len, seq_len_kv=seq_len, q_block_size=q_block_size, kv_block_size=kv_block_size,
+    )  # fmt: skip
 
 
-def measure(run: Callable[[], Tensor], seconds: float) -> tuple[float, float, float]:
-    """20th percentile, median and 80th percentile in milliseconds, by CUDA events, within a time budget."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    run()
-    torch.cuda.synchronize()
-    events[0].record()
-    run()
-    events[1].record()
-    torch.cuda.synchronize()
-    repeats = max(5, min(200, int(seconds * 1e3 / max(events[0].elapsed_time(events[1]), 1e-3))))
+def measure(run: Callable[[], Any], milliseconds: float) -> list[float]:
+    """Milliseconds of single runs, by CUDA events, for about as long as asked after a warm-up of a quarter of it."""
+    once = timed(run, 2)[1]
+    repeats = max(3, min(200, int(milliseconds / max(once, 1e-3))))
     for _ in range(repeats // 4 + 1):
         run()
+    return timed(run, repeats)
+
+
+def timed(run: Callable[[], Any], repeats: int) -> list[float]:
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, stop in pairs:
         start.record()
         run()
         stop.record()
     torch.cuda.synchronize()
-    times = sorted(start.elapsed_time(stop) for start, stop in pairs)
-    return times[repeats // 5], times[repeats // 2], times[repeats * 4 // 5]
+    return [start.elapsed_time(stop) for start, stop in pairs]
 
 
 if __name__ == "__main__":

@@ -81,15 +81,15 @@ def picture(videos: list[np.ndarray], benchmark: dict) -> Figure:
     axes = figure.add_subplot(grid[2, 6:])
     groups, colors = (32760, 75600), ("#9aa4b1", "#7db3e8", "#2f6db5")
     for place, seq_len in enumerate(groups):
-        rows = [r for r in benchmark["rows"] if r["seq_len"] == seq_len]
+        rows = [r for r in benchmark["rows"] if r["seq_len"] == seq_len and r["head_dim"] == 128]
+        rows = [r for r in rows if r["direction"] == "forward"]
         dense = min(r["ms"] for r in rows if r["kernel"].startswith("dense"))
-        sparse = [
-            min(r["ms"] for r in rows if not r["kernel"].startswith("dense") and abs(r["density"] - d) < 0.02)
-            for d in (0.45, 0.2)
-        ]
-        for i, (ms, name) in enumerate(
-            zip((dense, *sparse), ("dense (cuDNN)", "density 0.45", "density 0.20"), strict=True)
-        ):
+        ours = [r for r in rows if r["kernel"] in ("triton", "hopper")]
+        bars = [(dense, "dense (cuDNN)")]
+        for mask, name in (("radial", "radial"), ("random 0.20 128x128", "random")):
+            best = min((r for r in ours if r["mask"] == mask), key=lambda r: r["ms"])
+            bars.append((best["ms"], f"{name}, density {best['density']:.2f}"))
+        for i, (ms, name) in enumerate(bars):
             y = place * 4 + i
             axes.barh(y, ms, color=colors[i])
             axes.text(ms, y, f" {name}: {ms:.1f} ms", va="center", fontsize=8)

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Run the GPU tests and the kernel benchmark on this machine's GPU; results go into OUTDIR.
+# Run the GPU tests, the soak and the kernel benchmarks on this machine's GPU; results go into OUTDIR.
 #   scripts/run_gpu_tests.sh OUTDIR
-# Needs torch, triton and pytest, no installation of vidsparse and no network. VIDSPARSE_COMMIT names the commit where
-# the checkout has no git metadata. Writes gpu_tests.xml (JUnit), gpu_tests.json, block_sparse.json and .txt.
+# Needs torch, triton and pytest (with pytest-xdist it compiles in parallel), no installation of vidsparse and no
+# network. VIDSPARSE_COMMIT names the commit where the checkout has no git metadata; SOAK_CASES and SOAK_SECONDS bound
+# the soak. Writes gpu_tests.xml (JUnit), gpu_tests.json, soak.json, block_sparse.json and .txt, block_selection.json.
 set -euo pipefail
 if [ $# -ne 1 ]; then
     echo "usage: $0 OUTDIR" >&2
@@ -22,7 +23,11 @@ python="${PYTHON:-python3}"
 status=0
 # Only files with GPU tests are collected, so that what the others import need not be installed here.
 mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests)
-"$python" -m pytest -m gpu "${files[@]}" -p no:cacheprovider -q --junitxml="$outdir/gpu_tests.xml" || status=$?
+workers=()
+if "$python" -c "import xdist" 2>/dev/null; then
+    workers=(-n "$(nproc)")
+fi
+"$python" -m pytest -m gpu "${files[@]}" "${workers[@]}" -p no:cacheprovider -q --junitxml="$outdir/gpu_tests.xml" || status=$?
 
 "$python" - "$outdir" "$status" <<'PY'
 import datetime
@@ -58,4 +63,7 @@ if [ "$status" -ne 0 ]; then
     echo "GPU tests are red: no benchmark." >&2
     exit "$status"
 fi
+"$python" scripts/soak_block_sparse.py --cases "${SOAK_CASES:-10000}" --seconds "${SOAK_SECONDS:-300}" \
+    --compile-workers "$(nproc)" --output "$outdir/soak.json"
+"$python" scripts/bench_block_selection.py --output "$outdir/block_selection.json"
 "$python" scripts/bench_block_sparse.py --output "$outdir/block_sparse.json" | tee "$outdir/block_sparse.txt"

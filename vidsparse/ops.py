@@ -7,15 +7,41 @@ here and not in vidsparse_kernels, which may be loaded several times under diffe
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from vidsparse_kernels import BlockMask, block_sparse_attention
+from vidsparse_kernels import BlockMask, block_sparse_attention, select_backend
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+@overload
+def block_sparse_attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    *,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def block_sparse_attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    *,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def block_sparse_attention_op(
@@ -25,33 +51,41 @@ def block_sparse_attention_op(
     block_mask: BlockMask,
     *,
     scale: float | None = None,
+    return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """`vidsparse_kernels.block_sparse_attention` as one operator, for code under torch.compile.
 
     Args:
         query, key, value: `[batch, seq_len, num_heads, head_dim]`.
         block_mask: on the device of `query`.
         scale: factor on query . key, default 1 / sqrt(head_dim).
+        return_lse: also return the logsumexp of the logits.
         backend: as in `vidsparse_kernels.block_sparse_attention`.
 
     Returns:
-        `[batch, seq_len, num_heads, head_dim]`, contiguous. Differentiable in query, key and value, through the
-        reference backend.
+        `[batch, seq_len, num_heads, head_dim]`, contiguous; with `return_lse` also the natural-log LSE
+        `[batch, num_heads, seq_len]`. Both are differentiable, once, in query, key and value: by the Triton
+        kernels from what the forward kept, by other backends after computing the forward once more.
     """
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
-    return _attention(
+    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    out, lse = _attention(
         query,
         key,
         value,
         block_mask.kv_num_blocks,
         block_mask.kv_indices,
+        block_mask.q_offsets,
+        block_mask.kv_offsets,
         block_mask.q_block_size,
         block_mask.kv_block_size,
         scale,
         backend,
+        return_lse or needs_grad,
     )
+    return (out, lse) if return_lse else out
 
 
 @torch.library.custom_op("vidsparse::block_sparse_attention", mutates_args=())
@@ -61,15 +95,23 @@ def _attention(
     value: Tensor,
     kv_num_blocks: Tensor,
     kv_indices: Tensor,
+    q_offsets: Tensor | None,
+    kv_offsets: Tensor | None,
     q_block_size: int,
     kv_block_size: int,
     scale: float,
     backend: str,
-) -> Tensor:
-    mask = _mask(query, key, kv_num_blocks, kv_indices, q_block_size, kv_block_size)
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE; without `with_lse` the LSE has no elements, more backends qualify, and there is no backward."""
+    mask = _mask(query, key, kv_num_blocks, kv_indices, q_offsets, kv_offsets, q_block_size, kv_block_size)
+    if with_lse:
+        out, lse = block_sparse_attention(
+            query, key, value, mask, scale=scale, return_lse=True, backend=_with_lse(backend, query, key, value, mask)
+        )
+        return out.contiguous(), lse.contiguous()
     out = block_sparse_attention(query, key, value, mask, scale=scale, backend=backend)
-    assert isinstance(out, Tensor)
-    return out.contiguous()
+    return out.contiguous(), query.new_empty(0, dtype=torch.float32)
 
 
 @_attention.register_fake
@@ -79,74 +121,112 @@ def _attention_fake(
     value: Tensor,
     kv_num_blocks: Tensor,
     kv_indices: Tensor,
+    q_offsets: Tensor | None,
+    kv_offsets: Tensor | None,
     q_block_size: int,
     kv_block_size: int,
     scale: float,
     backend: str,
-) -> Tensor:
-    return query.new_empty(query.shape)
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, seq_len, num_heads, _ = query.shape
+    dtype = torch.float64 if with_lse and query.dtype == torch.float64 else torch.float32
+    shape = (batch, num_heads, seq_len) if with_lse else (0,)
+    return query.new_empty(query.shape), query.new_empty(shape, dtype=dtype)
 
 
 @torch.library.custom_op("vidsparse::block_sparse_attention_backward", mutates_args=())
 def _attention_backward(
     grad_out: Tensor,
+    grad_lse: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    out: Tensor,
+    lse: Tensor,
     kv_num_blocks: Tensor,
     kv_indices: Tensor,
+    q_offsets: Tensor | None,
+    kv_offsets: Tensor | None,
     q_block_size: int,
     kv_block_size: int,
     scale: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mask = _mask(query, key, kv_num_blocks, kv_indices, q_block_size, kv_block_size)
+    mask = _mask(query, key, kv_num_blocks, kv_indices, q_offsets, kv_offsets, q_block_size, kv_block_size)
+    backend = _with_lse(backend, query, key, value, mask)
+    if backend in ("triton", "hopper"):
+        from vidsparse_kernels.block_sparse_attention.backward import triton_backward
+
+        return triton_backward(grad_out, grad_lse, query, key, value, out, lse, mask, scale=scale, key_bias=None)
     # Operators run below autograd; the backend's own backward needs it for this one recomputation.
     exclusion: Any = torch._C._SetExcludeDispatchKeyGuard
     with exclusion(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
         q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
-        out = block_sparse_attention(q, k, v, mask, scale=scale, backend="auto")
-        assert isinstance(out, Tensor)
-        grads = torch.autograd.grad(out, (q, k, v), grad_out)
+        outputs = block_sparse_attention(q, k, v, mask, scale=scale, return_lse=True, backend=backend)
+        grads = torch.autograd.grad(outputs, (q, k, v), (grad_out, grad_lse))
     return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
 
 
 @_attention_backward.register_fake
 def _attention_backward_fake(
     grad_out: Tensor,
+    grad_lse: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    out: Tensor,
+    lse: Tensor,
     kv_num_blocks: Tensor,
     kv_indices: Tensor,
+    q_offsets: Tensor | None,
+    kv_offsets: Tensor | None,
     q_block_size: int,
     kv_block_size: int,
     scale: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _setup_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
-    query, key, value, kv_num_blocks, kv_indices, q_block_size, kv_block_size, scale, _ = inputs
-    ctx.save_for_backward(query, key, value, kv_num_blocks, kv_indices)
-    ctx.sizes = (q_block_size, kv_block_size, scale)
+def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, *lists_and_sizes, with_lse = inputs
+    assert with_lse or not any(x.requires_grad for x in (query, key, value))
+    ctx.save_for_backward(query, key, value, *output, *lists_and_sizes[:4])
+    ctx.sizes = lists_and_sizes[4:]
 
 
-def _backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
-    grads = _attention_backward(grad_out, *ctx.saved_tensors, *ctx.sizes)
-    return (*grads, None, None, None, None, None, None)
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    grads = _attention_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.sizes)
+    return (*grads, *(None,) * 9)
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _with_lse(backend: str, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> str:
+    """The backend that runs forward and backward where the LSE is kept for a backward."""
+    if backend == "auto":
+        return select_backend(query, key, value, mask, return_lse=True, requires_grad=True)[0]
+    return backend
+
+
 def _mask(
-    query: Tensor, key: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, q_block_size: int, kv_block_size: int
+    query: Tensor,
+    key: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    q_offsets: Tensor | None,
+    kv_offsets: Tensor | None,
+    q_block_size: int,
+    kv_block_size: int,
 ) -> BlockMask:
     # What a backend plans for a mask is kept on the mask, and the mask on its own tensor.
     sizes = (query.shape[1], key.shape[1], q_block_size, kv_block_size)
+    tensors = (kv_num_blocks, q_offsets, kv_offsets)
     kept = getattr(kv_indices, "_vidsparse_mask", None)
-    if kept is not None and kept[0] == sizes and kept[1].kv_num_blocks is kv_num_blocks:
-        return kept[1]
-    mask = BlockMask(kv_num_blocks, kv_indices, sizes[0], sizes[1], q_block_size, kv_block_size)
-    kv_indices._vidsparse_mask = (sizes, mask)  # pyright: ignore[reportAttributeAccessIssue]
+    if kept is not None and kept[0] == sizes and all(a is b for a, b in zip(kept[1], tensors, strict=True)):
+        return kept[2]
+    mask = BlockMask(kv_num_blocks, kv_indices, *sizes, q_offsets=q_offsets, kv_offsets=kv_offsets)
+    kv_indices._vidsparse_mask = (sizes, tensors, mask)  # pyright: ignore[reportAttributeAccessIssue]
     return mask

@@ -1,35 +1,51 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vidsparse import ops, sparse_attention
 from vidsparse.errors import ConfigError
 from vidsparse.layout import LatentGrid, TokenLayout
 from vidsparse.processors.context import AttentionContext
-from vidsparse_kernels.testing import make_block_mask, make_qkv
+from vidsparse_kernels import BlockMask, block_sparse_attention
+from vidsparse_kernels.testing import make_block_mask, make_qkv, make_variable_block_mask, masked_attention_oracle
 
 MASK = make_block_mask(seq_len_q=111, q_block_size=32, kv_block_size=16, density=0.5, full_rows=True)
+CLUSTERS = BlockMask.full(
+    111, 111, q_block_size=32, kv_block_size=16, kv_offsets=torch.tensor([[[0, 5, 40, 41, 90, 111]]])
+)
 
 
 def inputs(**changes):
     return make_qkv(seq_len_q=111, head_dim=16, **changes)
 
 
-def arguments(q, k, v):
-    return (q, k, v, MASK.kv_num_blocks, MASK.kv_indices, 32, 16, 0.25, "auto")
+def arguments(q, k, v, *, with_lse, mask=MASK):
+    lists = (mask.kv_num_blocks, mask.kv_indices, mask.q_offsets, mask.kv_offsets)
+    return (q, k, v, *lists, mask.q_block_size, mask.kv_block_size, 0.25, "auto", with_lse)
 
 
 @pytest.mark.parametrize("contiguous", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
 def test_opcheck(contiguous, grad):
     q, k, v = (x.detach().requires_grad_(grad) for x in inputs(contiguous=contiguous))
-    torch.library.opcheck(ops._attention, arguments(q, k, v))
+    torch.library.opcheck(ops._attention, arguments(q, k, v, with_lse=True))
+    if not grad:
+        torch.library.opcheck(ops._attention, arguments(q, k, v, with_lse=False))
 
 
-def test_opcheck_of_the_backward():
+@pytest.mark.parametrize("mask", [MASK, CLUSTERS], ids=["uniform", "offsets"])
+def test_opcheck_of_the_backward(mask):
     q, k, v = inputs()
-    torch.library.opcheck(ops._attention_backward, (q, *arguments(q, k, v)[:-1]))
+    q, k, v, *rest, _ = arguments(q, k, v, with_lse=True, mask=mask)
+    out, lse = ops._attention(q, k, v, *rest, True)
+    torch.library.opcheck(ops._attention_backward, (q, torch.ones_like(lse), q, k, v, out, lse, *rest))
 
 
 def test_compiled_equals_eager_with_gradients():
@@ -47,12 +63,98 @@ def test_compiled_equals_eager_with_gradients():
         assert want.abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("mask", [MASK, CLUSTERS], ids=["uniform", "offsets"])
+def test_compiled_lse_and_its_gradient(mask):
+    def loss(attention, tensors):
+        out, lse = attention(*tensors, mask, return_lse=True)
+        return lse, torch.autograd.grad((out * out.cos()).sum() + lse.sin().sum(), tensors)
+
+    tensors = [x.requires_grad_() for x in inputs()]
+    lse, grads = loss(block_sparse_attention, tensors)
+    compiled = torch.compile(ops.block_sparse_attention_op, fullgraph=True, backend="aot_eager")
+    compiled_lse, compiled_grads = loss(compiled, tensors)
+    torch.testing.assert_close(compiled_lse, lse, atol=1e-6, rtol=1e-5)
+    for name, got, want in zip("qkv", compiled_grads, grads, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5, msg=name)
+        assert want.abs().max() > 1e-2
+
+
+def test_gradients_of_offsets_through_the_op():
+    query, key, value = tensors = [x.requires_grad_() for x in inputs(dtype=torch.float64)]
+    mask = make_variable_block_mask(seq_len_q=111, num_q_blocks=5, num_kv_blocks=9, offsets_heads=2, full_rows=True)
+    grads = []
+    for attention in (ops.block_sparse_attention_op, masked_attention_oracle):
+        options = {} if attention is masked_attention_oracle else {"scale": 0.25, "return_lse": True}
+        out, lse = attention(query, key, value, mask, **options)
+        loss = (out * out.cos()).sum() + lse.masked_fill(lse == -torch.inf, 0.0).sin().sum()
+        grads.append(torch.autograd.grad(loss, tensors))
+    for name, got, want in zip("qkv", *grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12, msg=name)
+        assert want.abs().max() > 1e-2
+
+
+def test_only_gradients_make_the_op_keep_the_lse():
+    """Without them, backends that return no LSE stay possible."""
+    seen = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.vidsparse.block_sparse_attention.default:
+                seen.append(args[-1])
+            return func(*args, **(kwargs or {}))
+
+    q, k, v = inputs()
+    with Record():
+        ops.block_sparse_attention_op(q, k, v, MASK)
+        ops.block_sparse_attention_op(q, k, v, MASK, return_lse=True)
+        ops.block_sparse_attention_op(q, k.requires_grad_(), v, MASK)
+        with torch.no_grad():
+            ops.block_sparse_attention_op(q, k, v, MASK)
+    assert seen == [False, True, True, False]
+
+
+INTERPRETED = """
+import torch
+from vidsparse import ops
+from vidsparse_kernels import block_sparse_attention
+from vidsparse_kernels.block_sparse_attention import forward
+from vidsparse_kernels.testing import make_block_mask, make_qkv, make_variable_block_mask
+
+torch.set_num_threads(1)
+launches = []
+launch = forward.triton_forward
+forward.triton_forward = lambda *args, **kwargs: launches.append(0) or launch(*args, **kwargs)
+q, k, v = tensors = [x.requires_grad_() for x in make_qkv(seq_len_q=63, head_dim=16)]
+for mask in (
+    make_block_mask(seq_len_q=63, q_block_size=32, kv_block_size=16, full_rows=True),
+    make_variable_block_mask(
+        seq_len_q=63, num_q_blocks=4, num_kv_blocks=6, q_block_size=32, kv_block_size=16, offsets_heads=2, full_rows=True),
+):
+    results = []
+    for backend in ("triton", "reference"):
+        out, lse = ops.block_sparse_attention_op(q, k, v, mask, return_lse=True, backend=backend)
+        grads = torch.autograd.grad((out * out.cos()).sum() + lse.clamp(min=-9).sin().sum(), tensors)
+        results.append((out.detach(), *grads))
+    for got, want in zip(*results):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
+print("forward launches", len(launches))
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")
+def test_the_triton_backward_takes_what_the_forward_kept():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-W", "ignore", "-c", INTERPRETED]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.stdout.strip() == "forward launches 2", result.stderr[-3000:]
+
+
 def test_compiled_calls_share_one_mask_object():
     q, k, v = inputs()
     ops.block_sparse_attention_op(q, k, v, MASK)
-    first = ops._mask(q, k, MASK.kv_num_blocks, MASK.kv_indices, 32, 16)
-    assert ops._mask(q, k, MASK.kv_num_blocks, MASK.kv_indices, 32, 16) is first
-    other = ops._mask(q, k, MASK.kv_num_blocks.clone(), MASK.kv_indices, 32, 16)
+    first = ops._mask(q, k, MASK.kv_num_blocks, MASK.kv_indices, None, None, 32, 16)
+    assert ops._mask(q, k, MASK.kv_num_blocks, MASK.kv_indices, None, None, 32, 16) is first
+    other = ops._mask(q, k, MASK.kv_num_blocks.clone(), MASK.kv_indices, None, None, 32, 16)
     assert other is not first
 
 

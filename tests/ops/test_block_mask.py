@@ -117,7 +117,7 @@ def test_entries_past_the_count_are_zeroed():
     assert mask.kv_indices.dtype == mask.kv_num_blocks.dtype == torch.int32
 
 
-SIZES = dict(seq_len_q=20, seq_len_kv=30, q_block_size=10, kv_block_size=10)
+SIZES: dict[str, Any] = dict(seq_len_q=20, seq_len_kv=30, q_block_size=10, kv_block_size=10)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_sizes_are_whole_numbers(size):
 
 @pytest.mark.parametrize("lead", [(0, 1), (1, 0)], ids=str)
 def test_masks_of_no_sample_or_no_head_are_refused(lead):
-    sizes = dict(seq_len_q=64, seq_len_kv=64, q_block_size=32, kv_block_size=32)
+    sizes: dict[str, Any] = dict(seq_len_q=64, seq_len_kv=64, q_block_size=32, kv_block_size=32)
     with pytest.raises(ValueError, match="`dense` must have at least one sample and one head"):
         BlockMask.from_dense(torch.ones(*lead, 2, 2, dtype=torch.bool), **sizes)
     lists = torch.zeros(*lead, 2, 1, dtype=torch.int32)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,6 +23,7 @@ from vidsparse_kernels.testing import (
     assert_close_to_oracle,
     make_block_mask,
     make_qkv,
+    make_variable_block_mask,
     masked_attention_oracle,
     token_mask,
 )
@@ -229,6 +234,86 @@ def test_chunks_do_not_change_the_result(monkeypatch):
     torch.testing.assert_close(block_sparse_attention(q, k, v, mask, backend="reference"), whole)
 
 
+def tiles_walked(mask: BlockMask) -> torch.Tensor:
+    """Token mask cut into the tiles of q_block_size x kv_block_size that a program walks: one mask a step,
+    `[steps, seq_len_q, seq_len_kv]`; batch 1, one head."""
+    allowed, steps = token_mask(mask)[0, 0], []
+    bounds = mask.offsets("q")[0, 0].tolist()
+    for start, stop in pairwise(bounds):
+        for first in range(start, stop, mask.q_block_size):
+            rows = slice(first, min(stop, first + mask.q_block_size))
+            step, column = 0, 0
+            while column < mask.seq_len_kv:
+                if not allowed[first, column]:
+                    column += 1
+                    continue
+                width = 0
+                while (
+                    width < mask.kv_block_size and column + width < mask.seq_len_kv and allowed[first, column + width]
+                ):
+                    width += 1
+                while len(steps) <= step:
+                    steps.append(torch.zeros_like(allowed))
+                steps[step][rows, column : column + width] = True
+                step, column = step + 1, column + width
+    return torch.stack(steps)
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.9])
+@pytest.mark.parametrize("variable", [False, True], ids=["uniform", "variable"])
+def test_skipping_leaves_out_tiles_of_small_weight(variable, threshold):
+    counts: dict[str, Any] = dict(num_q_blocks=5, num_kv_blocks=11) if variable else {}
+    mask = make_variable_block_mask(
+        seq_len_q=70, seq_len_kv=150, q_block_size=16, kv_block_size=16, density=0.7, seed=3, **counts
+    )
+    q, k, v = make_qkv(seq_len_q=70, seq_len_kv=150, num_heads=1, head_dim=16, dtype=torch.float64)
+    # All rows agree on which keys matter, as they must for a tile to be left out.
+    q[..., 0] += 4
+    k[..., 0] += 4 * torch.sin(torch.arange(150) / 15).view(1, -1, 1)
+    logits = torch.einsum("bshd,bthd->st", q, k) * 16**-0.5
+    peak, kept = torch.full((70,), -torch.inf, dtype=torch.float64), torch.zeros(70, 150, dtype=torch.bool)
+    bounds = mask.offsets("q")[0, 0].tolist()
+    tiles = [
+        slice(first, min(stop, first + 16)) for start, stop in pairwise(bounds) for first in range(start, stop, 16)
+    ]
+    for step in tiles_walked(mask):
+        tile_peak = logits.masked_fill(~step, -torch.inf).amax(-1)
+        for rows in tiles:
+            if bool((tile_peak[rows] - peak[rows] >= math.log(threshold)).any()):
+                peak[rows] = torch.maximum(peak[rows], tile_peak[rows])
+                kept[rows] |= step[rows]
+    allowed = token_mask(mask)[0, 0]
+    assert kept.sum() < 0.9 * allowed.sum() and not bool((kept & ~allowed).any())
+    masked = logits.masked_fill(~kept, -torch.inf)
+    weights = torch.where(kept.any(-1, keepdim=True), torch.softmax(masked, -1), 0.0)
+    out, lse = block_sparse_attention(q, k, v, mask, skip_threshold=threshold, return_lse=True)
+    torch.testing.assert_close(out[0, :, 0], weights @ v[0, :, 0], rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(lse[0, 0], torch.logsumexp(masked, -1), rtol=1e-11, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=50)
+@given(cases())
+def test_a_threshold_of_zero_is_exact(case):
+    q, k, v, mask = case
+    exact = block_sparse_attention(q, k, v, mask, return_lse=True)
+    for threshold in (None, 0.0, 1e-40):
+        skipped = block_sparse_attention(q, k, v, mask, skip_threshold=threshold, return_lse=True)
+        assert all(torch.equal(a, b) for a, b in zip(exact, skipped, strict=True))
+
+
+def test_skipping_is_for_inference_on_backends_that_can():
+    q, k, v = make_qkv(seq_len_q=70)
+    mask = make_block_mask(seq_len_q=70)
+    assert select_backend(q, k, v, mask, skip_threshold=0.1) == ("reference", '"sdpa" does not take skip_threshold')
+    assert select_backend(q, k, v, mask, skip_threshold=0.0)[0] == "sdpa"
+    with pytest.raises(UnsupportedBackendError, match='"sdpa" does not take skip_threshold'):
+        block_sparse_attention(q, k, v, mask, skip_threshold=0.1, backend="sdpa")
+    with pytest.raises(UnsupportedBackendError, match="`skip_threshold` 0.1 has no backward"):
+        block_sparse_attention(q.requires_grad_(), k, v, mask, skip_threshold=0.1)
+    with torch.no_grad():
+        assert block_sparse_attention(q, k, v, mask, skip_threshold=0.1).shape == q.shape
+
+
 def test_the_choice_is_named_with_a_reason():
     q, k, v = make_qkv(seq_len_q=70)
     mask = make_block_mask(seq_len_q=70)
@@ -248,12 +333,11 @@ def test_a_backend_that_cannot_says_so_by_name():
     mask = make_block_mask(seq_len_q=70)
     with pytest.raises(UnsupportedBackendError, match='"sdpa" does not return the LSE; use backend="reference"'):
         block_sparse_attention(q, k, v, mask, return_lse=True, backend="sdpa")
-    with pytest.raises(UnsupportedBackendError, match='"sdpa" has no backward yet'):
+    with pytest.raises(UnsupportedBackendError, match='"sdpa" has no backward; use backend="reference"'):
         block_sparse_attention(q.requires_grad_(), k, v, mask, backend="sdpa")
-    with pytest.raises(UnsupportedBackendError, match='"triton" has no backward yet'):
-        block_sparse_attention(q, k, v, mask, backend="triton")
-    with pytest.raises(UnsupportedBackendError, match='"triton" needs'):
-        block_sparse_attention(q.detach(), k, v, mask, backend="triton")
+    for query in (q, q.detach()):
+        with pytest.raises(UnsupportedBackendError, match='"triton" needs'):
+            block_sparse_attention(query, k, v, mask, backend="triton")
 
 
 def test_wrong_arguments_are_named():
@@ -268,10 +352,15 @@ def test_wrong_arguments_are_named():
         (dict(block_mask=make_block_mask(seq_len_q=71)), "built for seq_len_q 71, got 70 tokens"),
         (dict(block_mask=make_block_mask(seq_len_q=70, num_heads=3)), "heads 1 or 2, got 1 and 3"),
         (dict(scale=0.0), "`scale` must be positive and finite, got 0.0"),
+        (dict(skip_threshold=1.0), r"`skip_threshold` must be in \[0, 1\), got 1.0"),
+        (dict(skip_threshold=-0.1), r"`skip_threshold` must be in \[0, 1\), got -0.1"),
         (dict(key_bias=torch.zeros(70)), r"`key_bias` must be \[B\|1, H\|1, 70\]"),
         (dict(key_bias=torch.zeros(1, 1, 70).bfloat16()), "`key_bias` must be fp32"),
         (dict(key_bias=torch.zeros(1, 1, 70).requires_grad_()), "`key_bias` must not require grad"),
-        (dict(backend="flash"), '`backend` must be "auto" or one of reference, sdpa, triton, got "flash"'),
+        (
+            dict(backend="flash"),
+            '`backend` must be "auto" or one of reference, sdpa, triton, hopper, flex, flash4, got "flash"',
+        ),
     ]
     for change, message in wrong:
         arguments = dict(query=q, key=k, value=v, block_mask=mask) | change

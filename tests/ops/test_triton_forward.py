@@ -20,10 +20,13 @@ INTERPRETED = """
 import sys
 import torch
 from vidsparse_kernels import block_sparse_attention
-from vidsparse_kernels.testing import assert_close_to_oracle, make_block_mask, make_qkv, masked_attention_oracle
+from vidsparse_kernels.testing import (
+    assert_close_to_oracle, make_block_mask, make_qkv, make_variable_block_mask, masked_attention_oracle)
 from vidsparse_kernels.block_sparse_attention.configs import ForwardConfig
 from vidsparse_kernels.block_sparse_attention.forward import triton_forward
+from vidsparse_kernels.block_sparse_attention.reference import reference
 
+torch.manual_seed(0)
 descriptors = sys.argv[1] == "descriptors"
 cases = [
     dict(seq_len_q=63, seq_len_kv=111, num_heads=4, num_kv_heads=2, batch=2, head_dim=72),
@@ -45,12 +48,32 @@ for shape in cases:
             bias[..., ::2] = -torch.inf
         truth, truth_lse = masked_attention_oracle(q, k, v, mask, key_bias=bias)
         eager, eager_lse = masked_attention_oracle(q, k, v, mask, key_bias=bias, dtype=q.dtype)
-        config = ForwardConfig(32, 16, 4, 2, descriptors)
-        out, lse = triton_forward(q, k, v, mask, scale=q.shape[-1] ** -0.5, key_bias=bias, return_lse=True, config=config)
-        assert_close_to_oracle(out, eager, truth, name=f"{shape} {options}")
-        assert_close_to_oracle(lse, eager_lse, truth_lse, name=f"lse {shape} {options}")
+        for peel, prefetch in ((True, False), (False, True)):
+            config = ForwardConfig(32, 16, 4, 2, descriptors, peel, prefetch)
+            out, lse = triton_forward(
+                q, k, v, mask, scale=q.shape[-1] ** -0.5, key_bias=bias, return_lse=True, config=config)
+            assert_close_to_oracle(out, eager, truth, name=f"{shape} {options} {config}")
+            assert_close_to_oracle(lse, eager_lse, truth_lse, name=f"lse {shape} {options} {config}")
 out = block_sparse_attention(q, k, v, mask, backend="triton")
 assert_close_to_oracle(out, *[masked_attention_oracle(q, k, v, mask, dtype=d)[0] for d in (q.dtype, torch.float64)])
+mask = make_block_mask(seq_len_q=90, seq_len_kv=111, q_block_size=32, kv_block_size=16, num_heads=4, density=0.8, empty_rows=True)
+variable = make_variable_block_mask(
+    seq_len_q=90, seq_len_kv=111, num_q_blocks=4, num_kv_blocks=12, q_block_size=32, kv_block_size=16, density=0.8,
+    offsets_heads=4)
+q, k, v = make_qkv(seq_len_q=90, seq_len_kv=111, num_heads=4, num_kv_heads=2, head_dim=16)
+# All rows agree on which keys matter, as they must for a tile to be left out.
+q[..., 0] += 4
+k[..., 0] += 4 * torch.sin(torch.arange(111) / 15).view(1, -1, 1)
+for mask in (mask, variable):
+    for bias in (None, torch.randn(1, 1, 111)):
+        options = dict(scale=0.25, key_bias=bias, skip_threshold=0.5)
+        out, lse = triton_forward(q, k, v, mask, return_lse=True, config=config, **options)
+        eager, eager_lse = reference(q, k, v, mask, **options)
+        truth, truth_lse = reference(q.double(), k.double(), v.double(), mask, **options)
+        assert_close_to_oracle(out, eager, truth, name=f"skip {mask}")
+        assert_close_to_oracle(lse, eager_lse, truth_lse, name=f"lse skip {mask}")
+        exact, _ = reference(q, k, v, mask, scale=0.25, key_bias=bias)
+        assert (exact - eager).abs().max() > 1e-3, "nothing was skipped"
 print("checked")
 """
 
@@ -62,24 +85,26 @@ from triton.compiler import ASTSource
 from vidsparse_kernels.block_sparse_attention.configs import forward_config, padded_head_dim
 from vidsparse_kernels.block_sparse_attention.forward import block_sparse_forward_kernel as kernel
 
-capability, shared_memory, head_dim, descriptors = (int(x) for x in sys.argv[1:])
+capability, shared_memory, head_dim, descriptors, variable, skip = (int(x) for x in sys.argv[1:])
 config = forward_config(
     capability=(capability // 10, capability % 10), shared_memory=shared_memory, head_dim=head_dim, itemsize=2,
     q_block_size=128, kv_block_size=128, descriptors_possible=bool(descriptors))
 block_d = padded_head_dim(head_dim)
 constants = dict(
     HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n, Q_BLOCK=128, KV_BLOCK=128,
-    RAGGED_KV=True, HAS_BIAS=False, STORE_LSE=True, DESCRIPTORS=config.descriptors, PRECISION="ieee",
-    query_stride_d=1, key_stride_d=1, value_stride_d=1)
+    RAGGED_KV=True, HAS_BIAS=False, STORE_LSE=True, DESCRIPTORS=config.descriptors, VARIABLE=bool(variable), SKIP=bool(skip),
+    PEEL=config.peel, PREFETCH=config.prefetch, PRECISION="ieee", query_stride_d=1, key_stride_d=1, value_stride_d=1)
 tiles = dict(query=config.block_m, key=config.block_n, value=config.block_n, out=config.block_m)
-pointers = dict(lse_ptr="*fp32", bias_ptr="*fp32", counts_ptr="*i32", indices_ptr="*i32", qk_scale_log2="fp32")
+pointers = dict(
+    lse_ptr="*fp32", bias_ptr="*fp32", counts_ptr="*i32", indices_ptr="*i32", own_blocks_ptr="*i32",
+    own_tiles_ptr="*i32", qk_scale_log2="fp32", skip_log2="fp32")
 signature, attributes = {}, {}
 for position, name in enumerate(kernel.arg_names):
     if name in constants:
         signature[name] = "constexpr"
     elif name in tiles:
         tile = f"tensordesc<bf16[1, 1, {tiles[name]}, {block_d}]>"
-        signature[name] = tile if config.descriptors else "*bf16"
+        signature[name] = tile if config.descriptors and not (variable and name == "out") else "*bf16"
     else:
         signature[name] = pointers.get(name, "i32")
     if signature[name].startswith("*") or "stride" in name and signature[name] == "i32":
@@ -110,17 +135,20 @@ def test_interpreted_kernel_is_exact(variant):
     assert run(INTERPRETED, variant, TRITON_INTERPRET="1") == "checked"
 
 
+@pytest.mark.parametrize("kind", ["uniform", "variable", "skipping"])
 @pytest.mark.parametrize(
     ("capability", "shared_memory", "head_dim", "descriptors", "expected"),
     [
         (80, 163 * 1024, 128, False, "False False"),
         (90, 227 * 1024, 128, True, "True True"),
+        (100, 227 * 1024, 128, True, "False True"),
         (120, 99 * 1024, 128, True, "False True"),
     ],
 )
-def test_compiles_without_a_gpu(capability, shared_memory, head_dim, descriptors, expected, tmp_path):
+def test_compiles_without_a_gpu(capability, shared_memory, head_dim, descriptors, expected, kind, tmp_path):
     """Expected: whether the code uses Hopper's warpgroup products, and whether it loads through TMA."""
-    arguments = (str(int(x)) for x in (capability, shared_memory, head_dim, descriptors))
+    flags = (kind == "variable", kind == "skipping")
+    arguments = (str(int(x)) for x in (capability, shared_memory, head_dim, descriptors, *flags))
     printed = run(COMPILED, *arguments, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
     assert printed.startswith(expected), printed
 

@@ -106,11 +106,11 @@ class Handle:
     def describe(self, grid: LatentGrid, num_steps: int) -> Plan:
         """Expected density of every layer and step of a generation on `grid`, before running it.
 
-        The device is the one that the weights are on now.
+        The device is the one that the weights are on now, the dtype theirs.
         """
         num_layers = max(len(binding.layers) for binding in self._bindings.values())
-        device_type = next(next(iter(self._models.values())).parameters()).device.type
-        return self.processor.plan(grid, num_steps, num_layers, device_type)
+        weights = next(next(iter(self._models.values())).parameters())
+        return self.processor.plan(grid, num_steps, num_layers, weights.device.type, weights.dtype)
 
 
 class _StepCount:

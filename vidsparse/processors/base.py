@@ -12,6 +12,8 @@ from vidsparse.recipe import Recipe
 from vidsparse.report import Report
 
 if TYPE_CHECKING:
+    import torch
+
     from vidsparse.layout import LatentGrid, TokenLayout
     from vidsparse.processors.context import RunState
     from vidsparse_kernels import BlockMask
@@ -70,14 +72,40 @@ class SparseProcessor(ABC):
         """What ran in the last (or current) generation, over all models this processor is bound to."""
         return Report.merged(run.report for ref in self._runs if (run := ref()) is not None)
 
-    def plan(self, grid: LatentGrid, num_steps: int, num_layers: int, device_type: str = "cpu") -> Plan:
+    def slow_reason(self, mask: Any, dtype: torch.dtype | None = None) -> str | None:
+        """Why dense attention on the CPU is faster than this mask, or None. A `min_tokens` that somebody set is final.
+
+        Args:
+            mask: the block mask of a call.
+            dtype: in which attention is computed, default fp32.
+        """
+        if self.recipe.schedule.min_tokens is not None:
+            return None
+        import torch
+
+        from vidsparse_kernels.block_sparse_attention.sdpa import relative_cost
+
+        cost = relative_cost(mask, dtype or torch.float32)
+        if cost <= 1:
+            return None
+        return f"dense is faster than blocks of {mask.q_block_size} here, an estimated {cost:.2f} times"
+
+    def plan(
+        self,
+        grid: LatentGrid,
+        num_steps: int,
+        num_layers: int,
+        device_type: str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> Plan:
         """What a generation on `grid` will compute; builds the mask once, on the CPU.
 
         Args:
             grid: latent grid.
             num_steps: denoising steps, at least 1.
             num_layers: sparse-capable layers of the model, at least 1.
-            device_type: where the generation will run; the default of `min_tokens` depends on it.
+            device_type: where the generation will run; what runs dense because that is faster depends on it.
+            dtype: in which attention will be computed, likewise; None (default) means fp32.
 
         Raises:
             ConfigError: a number is below 1.
@@ -90,10 +118,11 @@ class SparseProcessor(ABC):
         layout = self.layout(grid)
         mask, note = self.build_mask(layout, "cpu")
         schedule = self.recipe.schedule
+        slow = not self.always_dense and device_type == "cpu" and self.slow_reason(mask, dtype) is not None
 
         def cell(step: int, layer: int) -> float:
             dense = self.always_dense or schedule.dense_reason(step, num_steps, layer, layout.seq_len, device_type)
-            return 1.0 if dense else mask.density
+            return 1.0 if dense or slow else mask.density
 
         return Plan(
             method=self.method,

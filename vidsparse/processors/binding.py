@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -185,6 +185,11 @@ class Binding:
             tensors = (x for x in arguments.values() if isinstance(x, torch.Tensor))
             needs_grad = grad and any(x.requires_grad for x in (*tensors, *model.parameters()))
             backend, backend_reason = self._select_backend(model, hidden_states, mask, needs_grad)
+            slow = processor.slow_reason(mask, _compute_dtype(hidden_states)) if backend == "sdpa" else None
+            if slow is not None:
+                reasons = [slow if reason is None else reason for reason in reasons]
+                if processor.strict:
+                    self._check_strict(reasons, layout.seq_len, device_type, slow)
         self._rows = []
         for layer, reason in zip(self.layers, reasons, strict=True):
             sparse = reason is None
@@ -238,11 +243,14 @@ class Binding:
             return CONTEXT_PARALLEL
         return reason
 
-    def _check_strict(self, reasons: list[str | None], seq_len: int, device_type: str) -> None:
+    def _check_strict(
+        self, reasons: Sequence[str | None], seq_len: int, device_type: str, slow: str | None = None
+    ) -> None:
         short = self.processor.recipe.schedule.short_reason(self.run.step, seq_len, device_type)
         for layer, reason in zip(self.layers, reasons, strict=True):
             if reason is not None and reason not in ASKED_FOR:
-                remedy = f"set `min_tokens` to 0 to run its {seq_len:,} tokens sparse" if reason == short else None
+                faster = reason in (short, slow)
+                remedy = f"set `min_tokens` to 0 to run its {seq_len:,} tokens sparse" if faster else None
                 raise DenseFallbackError(
                     f"Layer {layer.layer_name} would run dense at step {self.run.step} ({reason}), which the recipe "
                     f"does not ask for; {remedy or 'change the setting'} or turn off `strict`."
@@ -253,9 +261,7 @@ class Binding:
 
         attention = model.get_submodule(next(iter(self.saved)))
         device = hidden_states.device
-        dtype = hidden_states.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
+        dtype = _compute_dtype(hidden_states)
         shape = (hidden_states.shape[0], mask.seq_len_q, attention.heads, attention.inner_dim // attention.heads)
         probe = torch.empty((1, 1, 1, 1), dtype=dtype, device=device).expand(shape)
         name, reason = select_backend(probe, probe, probe, mask, requires_grad=needs_grad)
@@ -266,6 +272,12 @@ class Binding:
                     f'Sparse attention would run on the slow backend "{name}" ({reason}); turn off `strict` to allow it.'
                 )
         return name, reason
+
+
+def _compute_dtype(hidden_states: torch.Tensor) -> torch.dtype:
+    """In which attention will be computed."""
+    where = hidden_states.device.type
+    return torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else hidden_states.dtype
 
 
 class _Before:

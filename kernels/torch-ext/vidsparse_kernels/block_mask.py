@@ -18,14 +18,20 @@ class BlockMask:
     head is a broadcast: the mask is stored once. No length has to be a multiple of its block size: the last block is
     then shorter. The tensors must not be written to afterwards, because derived forms are cached on the instance.
 
+    With offsets the blocks of a side have any sizes, also 0: clusters, or tiles of a 3-D grid. A block is then computed
+    in tiles of the block size: 150 tokens in tiles of 64 cost 192, less where its neighbour is listed too.
+
     Attributes:
         kv_num_blocks: int32 `[B|1, H|1, num_q_blocks]`, number of kv-blocks computed for each q-block.
         kv_indices: int32 `[B|1, H|1, num_q_blocks, max_blocks]`, their absolute indices, ascending; entries past the
             count are 0 and ignored.
         seq_len_q: number of query tokens.
         seq_len_kv: number of key/value tokens.
-        q_block_size: tokens per q-block.
-        kv_block_size: tokens per kv-block.
+        q_block_size: tokens per q-block; with `q_offsets`, per tile of a q-block.
+        kv_block_size: tokens per kv-block; with `kv_offsets`, per tile of a kv-block.
+        q_offsets: int32 `[B|1, H|1, num_q_blocks + 1]`, first token of each q-block, ascending from 0 to `seq_len_q`;
+            None: blocks of uniform size.
+        kv_offsets: int32 `[B|1, H|1, num_kv_blocks + 1]`, likewise, from 0 to `seq_len_kv`.
     """
 
     kv_num_blocks: Tensor
@@ -34,6 +40,8 @@ class BlockMask:
     seq_len_kv: int
     q_block_size: int
     kv_block_size: int
+    q_offsets: Tensor | None = None
+    kv_offsets: Tensor | None = None
     _cache: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -46,6 +54,8 @@ class BlockMask:
         seq_len_kv: int,
         q_block_size: int,
         kv_block_size: int,
+        q_offsets: Tensor | None = None,
+        kv_offsets: Tensor | None = None,
     ) -> BlockMask:
         """Build from block lists.
 
@@ -53,13 +63,17 @@ class BlockMask:
             kv_num_blocks: integer `[B|1, H|1, num_q_blocks]`.
             kv_indices: integer `[B|1, H|1, num_q_blocks, max_blocks]`, ascending and unique up to the count.
             seq_len_q, seq_len_kv: tokens.
-            q_block_size, kv_block_size: tokens per block.
+            q_block_size, kv_block_size: tokens per block, or per tile of it on a side with offsets.
+            q_offsets, kv_offsets: integer `[B|1, H|1, blocks + 1]`, first token of each block; None: uniform blocks.
 
         Raises:
-            ValueError: a shape or dtype does not fit; on the CPU also when a count or an index is out of range or a
-                list is not strictly ascending. On other devices values are not read, so that nothing waits.
+            ValueError: a shape or dtype does not fit; on the CPU also when a count or an index is out of range, a list
+                is not strictly ascending, or offsets do not ascend from 0 to the length. On other devices values are
+                not read, so that nothing waits.
         """
-        num_q_blocks, num_kv_blocks = _check_sizes(seq_len_q, seq_len_kv, q_block_size, kv_block_size)
+        q_offsets, kv_offsets, num_q_blocks, num_kv_blocks = _check_blocks(
+            seq_len_q, seq_len_kv, q_block_size, kv_block_size, q_offsets, kv_offsets
+        )
         for name, tensor, ndim in (("kv_num_blocks", kv_num_blocks, 3), ("kv_indices", kv_indices, 4)):
             if tensor.ndim != ndim:
                 raise ValueError(f"`{name}` must have {ndim} dimensions, got shape {tuple(tensor.shape)}.")
@@ -73,50 +87,65 @@ class BlockMask:
             )
         if kv_num_blocks.shape[2] != num_q_blocks:
             raise ValueError(
-                f"`kv_num_blocks` must list {num_q_blocks} q-blocks ({seq_len_q} tokens in blocks of {q_block_size}), "
-                f"got {kv_num_blocks.shape[2]}."
+                f"`kv_num_blocks` must list {num_q_blocks} q-blocks "
+                f"({_describe(seq_len_q, q_block_size, q_offsets)}), got {kv_num_blocks.shape[2]}."
             )
         if kv_num_blocks.device != kv_indices.device:
             raise ValueError(
                 f"`kv_num_blocks` and `kv_indices` must be on one device, got {kv_num_blocks.device} "
                 f"and {kv_indices.device}."
             )
+        _check_beside("kv_num_blocks", kv_num_blocks, q_offsets, kv_offsets)
         if kv_indices.device.type == "cpu" and kv_indices.numel() + kv_num_blocks.numel() > 0:
             _check_values(kv_num_blocks, kv_indices, num_kv_blocks)
         counts = kv_num_blocks.to(torch.int32)
         valid = _valid_entries(counts, kv_indices.shape[-1])
         indices = torch.where(valid, kv_indices.to(torch.int32), 0)
-        return cls(counts, indices, seq_len_q, seq_len_kv, q_block_size, kv_block_size)
+        return cls(counts, indices, seq_len_q, seq_len_kv, q_block_size, kv_block_size, q_offsets, kv_offsets)
 
     @classmethod
     def from_dense(
-        cls, dense: Tensor, *, seq_len_q: int, seq_len_kv: int, q_block_size: int, kv_block_size: int
+        cls,
+        dense: Tensor,
+        *,
+        seq_len_q: int,
+        seq_len_kv: int,
+        q_block_size: int,
+        kv_block_size: int,
+        q_offsets: Tensor | None = None,
+        kv_offsets: Tensor | None = None,
     ) -> BlockMask:
         """Build from a boolean block mask, True = computed.
 
         Args:
             dense: bool `[B|1, H|1, num_q_blocks, num_kv_blocks]` (blocks, not tokens).
             seq_len_q, seq_len_kv: tokens.
-            q_block_size, kv_block_size: tokens per block.
+            q_block_size, kv_block_size: tokens per block, or per tile of it on a side with offsets.
+            q_offsets, kv_offsets: as for `from_indices`.
 
         Raises:
-            ValueError: `dense` is not boolean or its shape does not fit the lengths and block sizes.
+            ValueError: `dense` is not boolean or its shape does not fit the lengths and block sizes or offsets; on the
+                CPU also when offsets do not ascend from 0 to the length.
         """
-        num_q_blocks, num_kv_blocks = _check_sizes(seq_len_q, seq_len_kv, q_block_size, kv_block_size)
+        q_offsets, kv_offsets, num_q_blocks, num_kv_blocks = _check_blocks(
+            seq_len_q, seq_len_kv, q_block_size, kv_block_size, q_offsets, kv_offsets
+        )
         if dense.dtype != torch.bool:
             raise ValueError(f"`dense` must be boolean, got {dense.dtype}.")
         if dense.ndim != 4 or tuple(dense.shape[2:]) != (num_q_blocks, num_kv_blocks):
             raise ValueError(
-                f"`dense` must be [B|1, H|1, {num_q_blocks}, {num_kv_blocks}] for {seq_len_q} x {seq_len_kv} tokens in "
-                f"blocks of {q_block_size} x {kv_block_size}, got {tuple(dense.shape)}."
+                f"`dense` must be [B|1, H|1, {num_q_blocks}, {num_kv_blocks}] "
+                f"({_describe(seq_len_q, q_block_size, q_offsets)} by {_describe(seq_len_kv, kv_block_size, kv_offsets)}"
+                f"), got {tuple(dense.shape)}."
             )
         _check_lead("dense", dense)
+        _check_beside("dense", dense, q_offsets, kv_offsets)
         counts = dense.sum(-1, dtype=torch.int32)
         indices = torch.argsort(dense.logical_not().to(torch.uint8), dim=-1, stable=True).to(torch.int32)
         if dense.device.type == "cpu":
             indices = indices[..., : max(1, int(counts.max()))]
         indices = torch.where(_valid_entries(counts, indices.shape[-1]), indices, 0)
-        return cls(counts, indices, seq_len_q, seq_len_kv, q_block_size, kv_block_size)
+        return cls(counts, indices, seq_len_q, seq_len_kv, q_block_size, kv_block_size, q_offsets, kv_offsets)
 
     @classmethod
     def full(
@@ -126,31 +155,44 @@ class BlockMask:
         *,
         q_block_size: int,
         kv_block_size: int,
+        q_offsets: Tensor | None = None,
+        kv_offsets: Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> BlockMask:
-        """Every block, stored as one broadcast row: dense attention."""
-        num_q_blocks, num_kv_blocks = _check_sizes(seq_len_q, seq_len_kv, q_block_size, kv_block_size)
+        """Every block, stored as one broadcast row: dense attention; on the device of the offsets, if any."""
+        q_offsets, kv_offsets, num_q_blocks, num_kv_blocks = _check_blocks(
+            seq_len_q, seq_len_kv, q_block_size, kv_block_size, q_offsets, kv_offsets
+        )
+        for offsets in (q_offsets, kv_offsets):
+            if device is None and offsets is not None:
+                device = offsets.device
         counts = torch.full((1, 1, num_q_blocks), num_kv_blocks, dtype=torch.int32, device=device)
+        _check_beside("device", counts, q_offsets, kv_offsets)
         row = torch.arange(num_kv_blocks, dtype=torch.int32, device=device)
         indices = row.expand(1, 1, num_q_blocks, num_kv_blocks)
-        return cls(counts, indices, seq_len_q, seq_len_kv, q_block_size, kv_block_size)
+        return cls(counts, indices, seq_len_q, seq_len_kv, q_block_size, kv_block_size, q_offsets, kv_offsets)
 
     def __repr__(self) -> str:
         return (
             f"BlockMask(batch={self.batch_size}, heads={self.num_heads}, tokens={self.seq_len_q}x{self.seq_len_kv}, "
             f"blocks={self.num_q_blocks}x{self.num_kv_blocks} of {self.q_block_size}x{self.kv_block_size}, "
-            f"device={self.device})"
+            f"variable={self.variable}, device={self.device})"
         )
 
     @property
+    def variable(self) -> bool:
+        """Whether either side has blocks of any sizes."""
+        return self.q_offsets is not None or self.kv_offsets is not None
+
+    @property
     def batch_size(self) -> int:
-        """Stored batch size; 1 means the same lists for every sample."""
-        return self.kv_num_blocks.shape[0]
+        """Stored batch size of lists and offsets; 1 means the same for every sample."""
+        return self._lead()[0]
 
     @property
     def num_heads(self) -> int:
-        """Stored number of heads; 1 means the same lists for every head."""
-        return self.kv_num_blocks.shape[1]
+        """Stored number of heads of lists and offsets; 1 means the same for every head."""
+        return self._lead()[1]
 
     @property
     def num_q_blocks(self) -> int:
@@ -158,6 +200,8 @@ class BlockMask:
 
     @property
     def num_kv_blocks(self) -> int:
+        if self.kv_offsets is not None:
+            return self.kv_offsets.shape[2] - 1
         return -(-self.seq_len_kv // self.kv_block_size)
 
     @property
@@ -166,30 +210,49 @@ class BlockMask:
 
     @property
     def density(self) -> float:
-        """Computed blocks / all blocks, in [0, 1]; broadcast dimensions count once. The first use reads the device."""
+        """Computed blocks / all blocks; broadcast dimensions count once. The first use reads the device.
+
+        In [0, 1] for blocks of uniform size. With offsets it counts tiles of q_block_size x kv_block_size against the
+        tiles of dense attention, so the padding of blocks to tiles is part of it, and it can exceed 1.
+        """
         if "density" not in self._cache:
-            all_blocks = self.kv_num_blocks.numel() * self.num_kv_blocks
-            self._cache["density"] = int(self.kv_num_blocks.sum(dtype=torch.int64)) / all_blocks
+            if self.variable:
+                self._cache["density"] = self._tile_density()
+            else:
+                all_blocks = self.kv_num_blocks.numel() * self.num_kv_blocks
+                self._cache["density"] = int(self.kv_num_blocks.sum(dtype=torch.int64)) / all_blocks
         return self._cache["density"]
 
     @property
     def token_density(self) -> float:
-        """Computed (query, key) token pairs / all pairs: shorter last blocks count by their true size."""
+        """Listed (query, key) token pairs / all pairs, in [0, 1]: blocks count by their true size, without padding."""
         if "token_density" not in self._cache:
-            counts = self.kv_num_blocks.to(torch.int64)
+            q_sizes, kv_sizes = self.offsets("q").diff(), self.offsets("kv").diff()
             if self.kv_indices.shape[-1] == 0:
                 self._cache["token_density"] = 0.0
                 return 0.0
-            last = self.kv_indices.gather(-1, (counts - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
-            missing = self.num_kv_blocks * self.kv_block_size - self.seq_len_kv
-            has_tail = (counts > 0) & (last == self.num_kv_blocks - 1)
-            kv_tokens = counts * self.kv_block_size - has_tail * missing
-            q_tokens = torch.full((self.num_q_blocks,), self.q_block_size, dtype=torch.int64, device=self.device)
-            q_tokens[-1] = self.seq_len_q - (self.num_q_blocks - 1) * self.q_block_size
-            pairs = int((kv_tokens * q_tokens).sum())
+            lead = torch.broadcast_shapes(self.kv_indices.shape[:2], kv_sizes.shape[:2])
+            listed = self.kv_indices.to(torch.int64).flatten(2).expand(*lead, -1)
+            listed = kv_sizes.to(torch.int64).expand(*lead, -1).gather(-1, listed)
+            listed = listed.unflatten(-1, self.kv_indices.shape[2:])
+            kv_tokens = (listed * _valid_entries(self.kv_num_blocks, listed.shape[-1])).sum(-1)
+            pairs = int((kv_tokens * q_sizes).expand(*self._lead(), -1).sum())
             maps = self.batch_size * self.num_heads
             self._cache["token_density"] = pairs / (maps * self.seq_len_q * self.seq_len_kv)
         return self._cache["token_density"]
+
+    def offsets(self, side: str) -> Tensor:
+        """int32 `[B|1, H|1, blocks + 1]`: first token of each block of side "q" or "kv", uniform blocks too."""
+        explicit = self.q_offsets if side == "q" else self.kv_offsets
+        if explicit is not None:
+            return explicit
+        blocks, size, length = (
+            (self.num_q_blocks, self.q_block_size, self.seq_len_q)
+            if side == "q"
+            else (self.num_kv_blocks, self.kv_block_size, self.seq_len_kv)
+        )
+        starts = torch.arange(blocks + 1, dtype=torch.int64, device=self.device) * size
+        return starts.clamp(max=length).to(torch.int32).view(1, 1, -1)
 
     def to_dense(self) -> Tensor:
         """Boolean block mask `[B|1, H|1, num_q_blocks, num_kv_blocks]`, True = computed."""
@@ -204,7 +267,8 @@ class BlockMask:
         counts, indices = self.kv_num_blocks.to(device), self.kv_indices.to(device)
         if counts is self.kv_num_blocks and indices is self.kv_indices:
             return self
-        return self._derive(counts, indices)
+        moved = (None if offsets is None else offsets.to(device) for offsets in (self.q_offsets, self.kv_offsets))
+        return self._derive(counts, indices, *moved)
 
     def transpose(self) -> tuple[Tensor, Tensor]:
         """Lists the other way round, for backward passes: which q-blocks attend to each kv-block.
@@ -239,13 +303,17 @@ class BlockMask:
         """Blocks computed by either mask.
 
         Raises:
-            ValueError: lengths, block sizes or stored batch and head sizes do not match.
+            ValueError: lengths, block sizes, offsets or stored batch and head sizes do not match. The values of
+                offsets are compared on the CPU only.
         """
         for name in ("seq_len_q", "seq_len_kv", "q_block_size", "kv_block_size"):
             if getattr(self, name) != getattr(other, name):
                 raise ValueError(
                     f"Masks to unite must have the same `{name}`, got {getattr(self, name)} and {getattr(other, name)}."
                 )
+        for name in ("q_offsets", "kv_offsets"):
+            if not _same_offsets(getattr(self, name), getattr(other, name)):
+                raise ValueError(f"Masks to unite must have the same `{name}`, got different ones.")
         absent = self.num_kv_blocks
         lists = [
             torch.where(_valid_entries(mask.kv_num_blocks, mask.kv_indices.shape[-1]), mask.kv_indices, absent)
@@ -257,7 +325,8 @@ class BlockMask:
         repeated[..., 1:] = merged[..., 1:] == merged[..., :-1]
         merged = torch.where(repeated, absent, merged).sort(-1).values[..., :absent]
         present = merged < absent
-        return self._derive(present.sum(-1, dtype=torch.int32), torch.where(present, merged, 0).to(torch.int32))
+        counts = present.sum(-1, dtype=torch.int32)
+        return self._derive(counts, torch.where(present, merged, 0).to(torch.int32), self.q_offsets, self.kv_offsets)
 
     def complement(self) -> BlockMask:
         """The blocks that this mask does not compute."""
@@ -267,10 +336,38 @@ class BlockMask:
             seq_len_kv=self.seq_len_kv,
             q_block_size=self.q_block_size,
             kv_block_size=self.kv_block_size,
+            q_offsets=self.q_offsets,
+            kv_offsets=self.kv_offsets,
         )
 
-    def _derive(self, counts: Tensor, indices: Tensor) -> BlockMask:
-        return BlockMask(counts, indices, self.seq_len_q, self.seq_len_kv, self.q_block_size, self.kv_block_size)
+    def _lead(self) -> tuple[int, int]:
+        shapes = [x.shape[:2] for x in (self.kv_num_blocks, self.q_offsets, self.kv_offsets) if x is not None]
+        batch, heads = torch.broadcast_shapes(*shapes)
+        return batch, heads
+
+    def _tile_density(self) -> float:
+        # Tile lists belong to the operator; only their sums are needed here.
+        from .block_sparse_attention.tiles import tile_lists
+
+        kv_tiles, _ = tile_lists(self, self.kv_block_size)
+        q_tiles = -(-self.offsets("q").diff() // self.q_block_size)
+        computed = int((kv_tiles.to(torch.int64) * q_tiles).expand(*self._lead(), -1).sum())
+        dense = -(-self.seq_len_q // self.q_block_size) * -(-self.seq_len_kv // self.kv_block_size)
+        return computed / (self.batch_size * self.num_heads * dense)
+
+    def _derive(
+        self, counts: Tensor, indices: Tensor, q_offsets: Tensor | None, kv_offsets: Tensor | None
+    ) -> BlockMask:
+        return BlockMask(
+            counts,
+            indices,
+            self.seq_len_q,
+            self.seq_len_kv,
+            self.q_block_size,
+            self.kv_block_size,
+            q_offsets,
+            kv_offsets,
+        )
 
 
 def _check_sizes(seq_len_q: int, seq_len_kv: int, q_block_size: int, kv_block_size: int) -> tuple[int, int]:
@@ -285,6 +382,74 @@ def _check_sizes(seq_len_q: int, seq_len_kv: int, q_block_size: int, kv_block_si
         if not isinstance(size, Integral) or size < 1:
             raise ValueError(f"`{name}` must be a whole number of at least 1, got {size!r}.")
     return -(-seq_len_q // q_block_size), -(-seq_len_kv // kv_block_size)
+
+
+def _check_blocks(
+    seq_len_q: int,
+    seq_len_kv: int,
+    q_block_size: int,
+    kv_block_size: int,
+    q_offsets: Tensor | None,
+    kv_offsets: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, int, int]:
+    """Check sizes and offsets; return the offsets as int32 and the numbers of q-blocks and kv-blocks."""
+    num_q_blocks, num_kv_blocks = _check_sizes(seq_len_q, seq_len_kv, q_block_size, kv_block_size)
+    q_offsets = _check_offsets("q_offsets", q_offsets, seq_len_q)
+    kv_offsets = _check_offsets("kv_offsets", kv_offsets, seq_len_kv)
+    if q_offsets is not None:
+        num_q_blocks = q_offsets.shape[2] - 1
+    if kv_offsets is not None:
+        num_kv_blocks = kv_offsets.shape[2] - 1
+    return q_offsets, kv_offsets, num_q_blocks, num_kv_blocks
+
+
+def _check_offsets(name: str, offsets: Tensor | None, seq_len: int) -> Tensor | None:
+    if offsets is None:
+        return None
+    if offsets.ndim != 3 or offsets.shape[2] < 2 or 0 in offsets.shape[:2]:
+        raise ValueError(f"`{name}` must be [B|1, H|1, blocks + 1], got shape {tuple(offsets.shape)}.")
+    if offsets.dtype.is_floating_point or offsets.dtype.is_complex or offsets.dtype == torch.bool:
+        raise ValueError(f"`{name}` must have an integer dtype, got {offsets.dtype}.")
+    if offsets.device.type == "cpu":
+        first, last = offsets[..., 0], offsets[..., -1]
+        if bool((first != 0).any()) or bool((last != seq_len).any()):
+            raise ValueError(
+                f"`{name}` must start at 0 and end at {seq_len}, got {first.flatten()[:4].tolist()} and "
+                f"{last.flatten()[:4].tolist()}."
+            )
+        smallest = int(offsets.diff().min())
+        if smallest < 0:
+            raise ValueError(f"`{name}` must not descend, got a step of {smallest}.")
+    return offsets.to(torch.int32)
+
+
+def _check_beside(name: str, tensor: Tensor, q_offsets: Tensor | None, kv_offsets: Tensor | None) -> None:
+    """Check that batch and heads of the offsets go with those of `tensor`, on one device."""
+    lead = tuple(tensor.shape[:2])
+    for other, offsets in (("q_offsets", q_offsets), ("kv_offsets", kv_offsets)):
+        if offsets is None:
+            continue
+        if offsets.device != tensor.device:
+            raise ValueError(f"`{other}` must be on the device of `{name}` ({tensor.device}), got {offsets.device}.")
+        if any(a != b and 1 not in (a, b) for a, b in zip(offsets.shape[:2], lead)):
+            raise ValueError(
+                f"`{other}` must have a batch and heads that are 1 or go with {lead}, got {tuple(offsets.shape)}."
+            )
+        lead = tuple(max(a, b) for a, b in zip(offsets.shape[:2], lead))
+
+
+def _same_offsets(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    if one is other or one.device.type != "cpu" or other.device.type != "cpu":
+        return one.shape[2] == other.shape[2]
+    return one.shape == other.shape and torch.equal(one, other)
+
+
+def _describe(seq_len: int, block_size: int, offsets: Tensor | None) -> str:
+    if offsets is None:
+        return f"{seq_len} tokens in blocks of {block_size}"
+    return f"{offsets.shape[2] - 1} blocks by their offsets"
 
 
 def _check_lead(name: str, tensor: Tensor) -> None:

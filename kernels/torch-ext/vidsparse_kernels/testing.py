@@ -73,11 +73,78 @@ def make_block_mask(
     ).to(device)
 
 
+def make_variable_block_mask(
+    *,
+    seq_len_q: int,
+    seq_len_kv: int | None = None,
+    num_q_blocks: int | None = None,
+    num_kv_blocks: int | None = None,
+    q_block_size: int = 64,
+    kv_block_size: int = 64,
+    batch: int = 1,
+    num_heads: int = 1,
+    offsets_batch: int = 1,
+    offsets_heads: int = 1,
+    density: float = 0.4,
+    empty_rows: bool = False,
+    full_rows: bool = False,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> BlockMask:
+    """Random mask with blocks of random sizes, some of them empty or of one token where there are many.
+
+    A side without a number of blocks is uniform. `q_block_size`, `kv_block_size` are then tiles. `batch`, `num_heads`
+    are those of the lists, `offsets_batch`, `offsets_heads` those of the offsets; density and rows as for
+    `make_block_mask`.
+    """
+    seq_len_kv = seq_len_q if seq_len_kv is None else seq_len_kv
+    generator = torch.Generator("cpu").manual_seed(seed)
+    offsets, blocks = [], []
+    for seq_len, count, size in (
+        (seq_len_q, num_q_blocks, q_block_size),
+        (seq_len_kv, num_kv_blocks, kv_block_size),
+    ):
+        if count is None:
+            offsets.append(None)
+            blocks.append(-(-seq_len // size))
+            continue
+        cuts = torch.randint(0, seq_len + 1, (offsets_batch, offsets_heads, count + 1), generator=generator)
+        cuts[..., 0], cuts[..., -1] = 0, seq_len
+        offsets.append(cuts.sort(-1).values.to(torch.int32))
+        blocks.append(count)
+    dense = torch.rand(batch, num_heads, *blocks, generator=generator) < density
+    if full_rows:
+        dense[:, :, -1] = True
+    if empty_rows:
+        dense[:, :, 0] = False
+    return BlockMask.from_dense(
+        dense,
+        seq_len_q=seq_len_q,
+        seq_len_kv=seq_len_kv,
+        q_block_size=q_block_size,
+        kv_block_size=kv_block_size,
+        q_offsets=offsets[0],
+        kv_offsets=offsets[1],
+    ).to(device)
+
+
 def token_mask(block_mask: BlockMask) -> Tensor:
     """Bool `[B|1, H|1, seq_len_q, seq_len_kv]`: quadratic in the length, for tests only."""
-    tokens = block_mask.to_dense().repeat_interleave(block_mask.q_block_size, 2)
-    tokens = tokens.repeat_interleave(block_mask.kv_block_size, 3)
-    return tokens[:, :, : block_mask.seq_len_q, : block_mask.seq_len_kv]
+    if not block_mask.variable:
+        tokens = block_mask.to_dense().repeat_interleave(block_mask.q_block_size, 2)
+        tokens = tokens.repeat_interleave(block_mask.kv_block_size, 3)
+        return tokens[:, :, : block_mask.seq_len_q, : block_mask.seq_len_kv]
+    dense = block_mask.to_dense().expand(block_mask.batch_size, block_mask.num_heads, -1, -1)
+    for dim, side, seq_len in ((2, "q", block_mask.seq_len_q), (3, "kv", block_mask.seq_len_kv)):
+        tokens = torch.arange(seq_len, dtype=torch.int32, device=dense.device)
+        offsets = block_mask.offsets(side)
+        tokens = tokens.expand(*offsets.shape[:2], -1).contiguous()
+        # [B|1, H|1, seq_len]: the last block that starts at or before the token is the one that holds it.
+        blocks = torch.searchsorted(offsets.contiguous(), tokens, right=True) - 1
+        shape = [*dense.shape]
+        shape[dim] = seq_len
+        dense = dense.gather(dim, blocks.unsqueeze(5 - dim).expand(shape))
+    return dense
 
 
 def masked_attention_oracle(

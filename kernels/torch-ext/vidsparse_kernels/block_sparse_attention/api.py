@@ -13,7 +13,9 @@ from ..autocast import without_autocast
 from ..block_mask import BlockMask
 from ..errors import UnsupportedBackendError
 
-BACKENDS = ("reference", "sdpa", "triton")
+BACKENDS = ("reference", "sdpa", "triton", "hopper", "flex", "flash4")
+MIN_TRITON_HOPPER = (3, 6)
+"""The first version whose Gluon compiles the kernel."""
 
 
 @overload
@@ -25,6 +27,7 @@ def block_sparse_attention(
     *,
     scale: float | None = None,
     key_bias: Tensor | None = None,
+    skip_threshold: float | None = None,
     return_lse: Literal[False] = False,
     backend: str = "auto",
 ) -> Tensor: ...
@@ -39,6 +42,7 @@ def block_sparse_attention(
     *,
     scale: float | None = None,
     key_bias: Tensor | None = None,
+    skip_threshold: float | None = None,
     return_lse: Literal[True],
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
@@ -53,6 +57,7 @@ def block_sparse_attention(
     *,
     scale: float | None = None,
     key_bias: Tensor | None = None,
+    skip_threshold: float | None = None,
     return_lse: bool,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -66,6 +71,7 @@ def block_sparse_attention(
     *,
     scale: float | None = None,
     key_bias: Tensor | None = None,
+    skip_threshold: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -78,14 +84,18 @@ def block_sparse_attention(
         block_mask: lists for these lengths; batch and heads equal to those of `query`, or 1.
         scale: factor on query . key, default 1 / sqrt(head_dim); positive.
         key_bias: fp32 `[B|1, H|1, seq_len_kv]` added to the scaled logits, natural-log units; not differentiated.
+        skip_threshold: leave out tiles of small weight while attending (BLASST, arXiv:2512.12087), in [0, 1); None or
+            0: exact. A tile of keys is left out for a tile of queries when in each row its largest logit lies more
+            than -ln(skip_threshold) below the largest one so far. The tiles are those of the backend, so backends
+            differ. Inference only.
         return_lse: also return the logsumexp of the logits.
         backend: "auto" or one of `available_backends()`. "auto" takes what `select_backend` says.
 
     Returns:
         Output with the shape and dtype of `query`; with `return_lse` also the natural-log LSE
         `[batch, num_heads, seq_len_q]` in fp32 (fp64 for fp64 inputs). Rows without any block give 0 and -inf.
-        With the reference backend both are differentiable in query, key and value. Autocast changes nothing: cast the
-        inputs before.
+        With the backends "reference", "triton" and "hopper" both are differentiable, once, in query, key and value. Autocast
+        changes nothing: cast the inputs before.
 
     Raises:
         ValueError: a shape, dtype, device or value does not fit; the message names it.
@@ -98,11 +108,16 @@ def block_sparse_attention(
         torch.Size([1, 100, 2, 32])
     """
     if not torch.compiler.is_compiling():
-        _check_arguments(query, key, value, block_mask, scale, key_bias, backend)
+        _check_arguments(query, key, value, block_mask, scale, key_bias, skip_threshold, backend)
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
     requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    case = _Case(query, block_mask, key_bias is not None, return_lse, requires_grad)
+    if skip_threshold and requires_grad:
+        raise UnsupportedBackendError(
+            f"`skip_threshold` {skip_threshold} has no backward, which would need the same decisions again; "
+            "leave it out or use torch.no_grad()."
+        )
+    case = _Case(query, key, value, block_mask, key_bias is not None, bool(skip_threshold), return_lse, requires_grad)
     if backend == "auto":
         backend, _ = _select(case)
     else:
@@ -112,10 +127,38 @@ def block_sparse_attention(
                 f'backend "{backend}" {obstacle}; use backend="{_select(case)[0]}" or "auto" for this case.'
             )
     with without_autocast(query.device.type):
-        if backend == "triton":
+        if backend in ("triton", "hopper") and requires_grad:
+            from .autograd import triton_attention
+
+            hopper = backend == "hopper"
+            out, lse = triton_attention(query, key, value, block_mask, scale=scale, key_bias=key_bias, hopper=hopper)
+        elif backend == "hopper":
+            from .hopper import hopper_forward
+
+            out, lse = hopper_forward(query, key, value, block_mask, scale=scale, return_lse=return_lse)
+        elif backend == "triton":
             from .forward import triton_forward
 
             out, lse = triton_forward(
+                query,
+                key,
+                value,
+                block_mask,
+                scale=scale,
+                key_bias=key_bias,
+                return_lse=return_lse,
+                skip_threshold=skip_threshold,
+            )
+        elif backend == "flex":
+            from .flex import flex_forward
+
+            out, lse = flex_forward(
+                query, key, value, block_mask, scale=scale, key_bias=key_bias, return_lse=return_lse
+            )
+        elif backend == "flash4":
+            from .flash4 import flash4_forward
+
+            out, lse = flash4_forward(
                 query, key, value, block_mask, scale=scale, key_bias=key_bias, return_lse=return_lse
             )
         elif backend == "sdpa":
@@ -125,7 +168,9 @@ def block_sparse_attention(
         else:
             from .reference import reference
 
-            out, lse = reference(query, key, value, block_mask, scale=scale, key_bias=key_bias)
+            out, lse = reference(
+                query, key, value, block_mask, scale=scale, key_bias=key_bias, skip_threshold=skip_threshold
+            )
     if return_lse:
         assert lse is not None
         return out, lse
@@ -139,13 +184,14 @@ def select_backend(
     block_mask: BlockMask,
     *,
     key_bias: Tensor | None = None,
+    skip_threshold: float | None = None,
     return_lse: bool = False,
     requires_grad: bool | None = None,
 ) -> tuple[str, str]:
     """Which backend "auto" takes for these arguments, and why, in words for a report.
 
     Args:
-        query, key, value, block_mask, key_bias, return_lse: as for `block_sparse_attention`.
+        query, key, value, block_mask, key_bias, skip_threshold, return_lse: as for `block_sparse_attention`.
         requires_grad: whether gradients will be asked for; default: what autograd would record now.
 
     Returns:
@@ -153,55 +199,117 @@ def select_backend(
     """
     if requires_grad is None:
         requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    return _select(_Case(query, block_mask, key_bias is not None, return_lse, requires_grad))
+    return _select(
+        _Case(query, key, value, block_mask, key_bias is not None, bool(skip_threshold), return_lse, requires_grad)
+    )
 
 
 def available_backends() -> tuple[str, ...]:
     """Backends that can be asked for by name on this installation."""
-    return tuple(name for name in BACKENDS if name != "triton" or find_spec("triton") is not None)
+    from .flash4 import installed
+
+    missing = set() if find_spec("triton") is not None else {"triton", "hopper", "flex"}
+    if not installed():
+        missing.add("flash4")
+    return tuple(name for name in BACKENDS if name not in missing)
 
 
 class _Case:
     """What the choice of a backend depends on."""
 
     def __init__(
-        self, query: Tensor, block_mask: BlockMask, has_bias: bool, return_lse: bool, requires_grad: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        block_mask: BlockMask,
+        has_bias: bool,
+        skips: bool,
+        return_lse: bool,
+        requires_grad: bool,
     ) -> None:
-        self.query, self.block_mask = query, block_mask
-        self.has_bias, self.return_lse, self.requires_grad = has_bias, return_lse, requires_grad
+        self.query, self.key, self.value, self.block_mask = query, key, value, block_mask
+        self.has_bias, self.skips, self.return_lse, self.requires_grad = has_bias, skips, return_lse, requires_grad
 
 
 def _select(case: _Case) -> tuple[str, str]:
-    if case.requires_grad:
-        return "reference", "gradients are needed; the other backends have no backward yet"
     where = case.query.device.type
+    purpose = "gradients are needed" if case.requires_grad else "inference"
+    if where == "cuda" and _is_large(case) and _obstacle("hopper", case) is None:
+        from .hopper import reads_in_place
+
+        if reads_in_place(case.query, case.key, case.value):
+            return "hopper", f"{purpose} on a Hopper GPU"
     obstacle_triton = "needs a GPU" if where == "cpu" else _obstacle("triton", case)
     if obstacle_triton is None:
-        return "triton", f"inference on {where}"
+        return "triton", f"{purpose} on {where}"
     obstacle_sdpa = _obstacle("sdpa", case)
     not_triton = "" if where == "cpu" else f'; "triton" {obstacle_triton}'
     if obstacle_sdpa is None:
         return "sdpa", f"inference on {where}{not_triton}"
-    return "reference", f'"sdpa" {obstacle_sdpa}{not_triton}'
+    purpose = f"{purpose}; " if case.requires_grad else ""
+    return "reference", f'{purpose}"sdpa" {obstacle_sdpa}{not_triton}'
+
+
+def _is_large(case: _Case) -> bool:
+    """Whether the work outweighs making descriptors on the host."""
+    from .configs import MIN_DESCRIPTOR_FLOPS
+
+    batch, seq_len_q, num_heads, head_dim = case.query.shape
+    return 4 * batch * num_heads * seq_len_q * case.key.shape[1] * head_dim > MIN_DESCRIPTOR_FLOPS
 
 
 def _obstacle(backend: str, case: _Case) -> str | None:
     """Why a backend cannot do a case, as the end of a sentence that starts with its name; None if it can."""
     if backend == "reference":
         return None
-    if case.requires_grad:
-        return "has no backward yet"
+    if backend != "triton" and case.skips:
+        return "does not take skip_threshold"
+    if backend == "hopper" and case.block_mask.variable:
+        return "does not take blocks of variable size"
     if backend == "sdpa":
+        if case.requires_grad:
+            return "has no backward"
         if case.has_bias:
             return "does not take key_bias"
         if case.return_lse:
             return "does not return the LSE"
         return None
+    if backend in ("flex", "flash4"):
+        if case.requires_grad:
+            return "has no backward here"
+        if backend == "flash4" and case.has_bias:
+            return "does not take key_bias"
+        from . import flash4, flex
+
+        return (flex if backend == "flex" else flash4).unsupported(case.query, case.block_mask)
     if find_spec("triton") is None:
         return "needs the package triton (pip install triton)"
+    if backend == "hopper":
+        obstacle = _obstacle_hopper(case)
+        return obstacle if obstacle or not case.requires_grad else _obstacle("triton", case)
     from .forward import unsupported
 
-    return unsupported(case.query, case.block_mask)
+    obstacle = unsupported(case.query, case.block_mask)
+    if obstacle is None and case.requires_grad:
+        from .backward import unsupported_backward
+
+        obstacle = unsupported_backward(case.query)
+    return obstacle
+
+
+def _obstacle_hopper(case: _Case) -> str | None:
+    if case.query.device.type != "cuda":
+        return "needs a CUDA GPU"
+    if case.has_bias:
+        return "does not take key_bias"
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MIN_TRITON_HOPPER:
+        return f"needs Triton {'.'.join(map(str, MIN_TRITON_HOPPER))} or later, got {triton.__version__}"
+    from .hopper import unsupported
+
+    return unsupported(case.query, case.key, case.block_mask)
 
 
 def _check_arguments(
@@ -211,6 +319,7 @@ def _check_arguments(
     block_mask: BlockMask,
     scale: float | None,
     key_bias: Tensor | None,
+    skip_threshold: float | None,
     backend: str,
 ) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -251,6 +360,8 @@ def _check_arguments(
         )
     if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"`scale` must be positive and finite, got {scale}.")
+    if skip_threshold is not None and not 0 <= skip_threshold < 1:
+        raise ValueError(f"`skip_threshold` must be in [0, 1), got {skip_threshold}.")
     if key_bias is not None:
         if key_bias.ndim != 3 or key_bias.shape[2] != seq_len_kv:
             raise ValueError(f"`key_bias` must be [B|1, H|1, {seq_len_kv}], got {tuple(key_bias.shape)}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -11,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..block_mask import BlockMask
-from .configs import ForwardConfig, forward_config, padded_head_dim
+from .configs import MIN_DESCRIPTOR_FLOPS, ForwardConfig, forward_config, padded_head_dim
+from .tiles import MAX_TOKENS, own_tiles, tile_lists
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -19,9 +21,13 @@ except ImportError:  # Triton before 3.4
     TensorDescriptor = None
 
 MAX_HEAD_DIM = 256
-MIN_DESCRIPTOR_FLOPS = 2e11
-"""Below this much work (counted dense), making four descriptors on the host takes longer than they save."""
 LOG2_E = 1.4426950408889634
+SHAPE_INTEGERS = [
+    "counts_stride_b", "counts_stride_h", "indices_stride_b", "indices_stride_h", "indices_stride_m",
+    "bias_stride_b", "bias_stride_h", "own_stride_b", "own_stride_h",
+    "num_heads", "group_size", "seq_len_q", "seq_len_kv", "num_q_tiles",
+]  # fmt: skip
+"""What Triton may not compile into the kernel, so that one compilation serves every shape."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -50,73 +56,123 @@ def _load_tile(
 
 @triton.jit
 def _attend(
-    acc, peak, mass, q, key, value, bias_ptr, batch, kv_head, start_n, seq_len_kv, qk_scale_log2,
+    acc, peak, mass, q, key, value, bias_ptr, batch, kv_head, start_n, end_n, voters, qk_scale_log2, skip_log2,
     key_stride_s, key_stride_d, value_stride_s, value_stride_d,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, RAGGED: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax over the keys start_n .. start_n + BLOCK_N, in base 2."""
+    """One step of the online softmax over the keys start_n .. start_n + BLOCK_N, where RAGGED up to end_n; base 2."""
     k = _load_tile(
-        key, batch, kv_head, start_n, seq_len_kv, key_stride_s, key_stride_d,
+        key, batch, kv_head, start_n, end_n, key_stride_s, key_stride_d,
         HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS, RAGGED,
     )  # fmt: skip
     # [BLOCK_M, BLOCK_N]
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if HAS_BIAS or RAGGED:
-        columns = start_n + tl.arange(0, BLOCK_N)
-        logits = logits * qk_scale_log2
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + columns, mask=columns < seq_len_kv, other=0.0)
-            logits += (bias.to(tl.float32) * 1.4426950408889634)[None, :]
+    columns = start_n + tl.arange(0, BLOCK_N)
+    if RAGGED:
+        # Most tiles are whole: a branch costs less than the selects.
+        if end_n - start_n < BLOCK_N:
+            logits = tl.where((columns < end_n)[None, :], logits, float("-inf"))
+    if HAS_BIAS:
         if RAGGED:
-            logits = tl.where((columns < seq_len_kv)[None, :], logits, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(logits, 1))
+            bias = tl.load(bias_ptr + columns, mask=columns < end_n, other=0.0)
+        else:
+            bias = tl.load(bias_ptr + columns)
+        logits = logits * qk_scale_log2 + (bias.to(tl.float32) * 1.4426950408889634)[None, :]
+        tile_peak = tl.max(logits, 1)
+    else:
+        tile_peak = tl.max(logits, 1) * qk_scale_log2
+    if SKIP:
+        # The comparison fails where both are -inf: nothing is lost.
+        votes = voters & (tile_peak - peak >= skip_log2)
+        if tl.max(votes.to(tl.int32), 0) != 0:
+            acc, peak, mass = _accumulate(
+                acc, peak, mass, logits, tile_peak, value, batch, kv_head, start_n, end_n, qk_scale_log2,
+                value_stride_s, value_stride_d,
+                HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, RAGGED, PRECISION,
+            )  # fmt: skip
+    else:
+        acc, peak, mass = _accumulate(
+            acc, peak, mass, logits, tile_peak, value, batch, kv_head, start_n, end_n, qk_scale_log2,
+            value_stride_s, value_stride_d,
+            HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, RAGGED, PRECISION,
+        )  # fmt: skip
+    return acc, peak, mass
+
+
+@triton.jit
+def _accumulate(
+    acc, peak, mass, logits, tile_peak, value, batch, kv_head, start_n, end_n, qk_scale_log2,
+    value_stride_s, value_stride_d,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the values of a tile with these logits, not yet scaled unless HAS_BIAS."""
+    new_peak = tl.maximum(peak, tile_peak)
+    if HAS_BIAS:
         # A row may have met nothing but -inf so far; shifting by 0 keeps -inf - -inf out.
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         weights = tl.exp2(logits - shift[:, None])
         decay = tl.exp2(peak - shift)
     else:
-        # Scaling inside the exponent lets the compiler fuse multiply and subtract.
-        new_peak = tl.maximum(peak, tl.max(logits, 1) * qk_scale_log2)
+        # Scaling inside the exponent lets the compiler fuse multiply and subtract. Each tile has a key that counts.
         weights = tl.exp2(logits * qk_scale_log2 - new_peak[:, None])
         decay = tl.exp2(peak - new_peak)
     mass = mass * decay + tl.sum(weights, 1)
     acc = acc * decay[:, None]
     v = _load_tile(
-        value, batch, kv_head, start_n, seq_len_kv, value_stride_s, value_stride_d,
+        value, batch, kv_head, start_n, end_n, value_stride_s, value_stride_d,
         HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS, RAGGED,
     )  # fmt: skip
     acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, new_peak, mass
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHAPE_INTEGERS)
 def block_sparse_forward_kernel(
-    query, key, value, out, lse_ptr, counts_ptr, indices_ptr, bias_ptr,
+    query, key, value, out, lse_ptr, counts_ptr, indices_ptr, bias_ptr, own_blocks_ptr, own_tiles_ptr,
     query_stride_b, query_stride_s, query_stride_h, query_stride_d,
     key_stride_b, key_stride_s, key_stride_h, key_stride_d,
     value_stride_b, value_stride_s, value_stride_h, value_stride_d,
     out_stride_b, out_stride_s, out_stride_h,
     counts_stride_b, counts_stride_h, indices_stride_b, indices_stride_h, indices_stride_m,
-    bias_stride_b, bias_stride_h,
-    num_heads, group_size, seq_len_q, seq_len_kv, num_q_tiles, qk_scale_log2,
+    bias_stride_b, bias_stride_h, own_stride_b, own_stride_h,
+    num_heads, group_size, seq_len_q, seq_len_kv, num_q_tiles, qk_scale_log2, skip_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, RAGGED_KV: tl.constexpr, HAS_BIAS: tl.constexpr,
-    STORE_LSE: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    STORE_LSE: tl.constexpr, DESCRIPTORS: tl.constexpr, VARIABLE: tl.constexpr, SKIP: tl.constexpr,
+    PEEL: tl.constexpr, PREFETCH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries of one head over their listed kv-blocks; query, key, value, out are pointers or descriptors."""
+    """BLOCK_M queries of one head over their listed kv-blocks; query, key, value, out are pointers or descriptors.
+
+    VARIABLE: own_blocks and own_tiles are the tiles of queries, counts and indices the lists of tiles of keys, packed
+    as in `tiles`; out is then a pointer, because a descriptor would also write the rows past the end of a tile.
+    Descriptors also read the values past the end of a run, with weight 0: they must be finite.
+    """
     program = tl.program_id(0)
-    start_m = (program % num_q_tiles) * BLOCK_M
+    slot = program % num_q_tiles
     head = (program // num_q_tiles) % num_heads
     batch = program // num_q_tiles // num_heads
     kv_head = head // group_size
-    q_block = start_m // Q_BLOCK
     wide_batch, wide_head, wide_kv_head = batch.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
+    if VARIABLE:
+        own = wide_batch * own_stride_b + wide_head * own_stride_h + slot
+        own_tile = tl.load(own_tiles_ptr + own)
+        if own_tile < 0:
+            return
+        q_block = tl.load(own_blocks_ptr + own)
+        start_m = own_tile >> 8
+        end_m = start_m + (own_tile & 255) + 1
+    else:
+        start_m = slot * BLOCK_M
+        end_m = seq_len_q
+        q_block = start_m // Q_BLOCK
 
     if not DESCRIPTORS:
         query += wide_batch * query_stride_b + wide_head * query_stride_h
         key += wide_batch * key_stride_b + wide_kv_head * key_stride_h
         value += wide_batch * value_stride_b + wide_kv_head * value_stride_h
+    if VARIABLE or not DESCRIPTORS:
         out += wide_batch * out_stride_b + wide_head * out_stride_h
     if HAS_BIAS:
         bias_ptr += wide_batch * bias_stride_b + wide_head * bias_stride_h
@@ -130,52 +186,70 @@ def block_sparse_forward_kernel(
         query, batch, head, start_m, seq_len_q, query_stride_s, query_stride_d,
         HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS, True,  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
+    tokens = start_m + tl.arange(0, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # [BLOCK_M], peak in base 2
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
 
-    # Lists ascend, so only their last entry can be the shorter last block: it may lack some whole tiles, and one
-    # tile of it may be cut.
-    TILES: tl.constexpr = KV_BLOCK // BLOCK_N
-    last = tl.load(indices_ptr + tl.maximum(count - 1, 0), mask=count > 0, other=0)
-    overhang = tl.maximum((last + 1) * KV_BLOCK - seq_len_kv, 0)
+    TILES: tl.constexpr = 1 if VARIABLE else KV_BLOCK // BLOCK_N  # pyright: ignore[reportAssignmentType]
+    # Keys past the end of a run belong to other blocks, those past the last token to nobody.
+    RAGGED: tl.constexpr = VARIABLE or (RAGGED_KV and not PEEL)  # pyright: ignore[reportAssignmentType]
     num_tiles = count * TILES
-    if count > 0:
-        num_tiles -= overhang // BLOCK_N
     num_whole = num_tiles
-    if RAGGED_KV:
-        if (count > 0) & (overhang > 0):
-            num_whole -= 1
+    last = 0
+    if not VARIABLE:
+        # Lists ascend, so only their last entry can be the shorter last block: it may lack some whole tiles, and one
+        # tile of it may be cut.
+        last = tl.load(indices_ptr + tl.maximum(count - 1, 0), mask=count > 0, other=0)
+        overhang = tl.maximum((last + 1) * KV_BLOCK - seq_len_kv, 0)
+        if count > 0:
+            num_tiles -= overhang // BLOCK_N
+        num_whole = num_tiles
+        if RAGGED_KV and PEEL:
+            if (count > 0) & (overhang > 0):
+                num_whole -= 1
 
+    if PREFETCH:
+        ahead = tl.load(indices_ptr, mask=count > 0, other=0)
     for tile in tl.range(0, num_whole):  # pyright: ignore[reportGeneralTypeIssues]
-        start_n = tl.load(indices_ptr + tile // TILES) * KV_BLOCK + (tile % TILES) * BLOCK_N
+        if PREFETCH:
+            entry = ahead  # pyright: ignore[reportPossiblyUnboundVariable]
+            ahead = tl.load(indices_ptr + tl.minimum((tile + 1) // TILES, count - 1))
+        else:
+            entry = tl.load(indices_ptr + tile // TILES)
+        if VARIABLE:
+            start_n = entry >> 8
+            end_n = start_n + (entry & 255) + 1
+        else:
+            start_n = entry * KV_BLOCK + (tile % TILES) * BLOCK_N
+            end_n = seq_len_kv
         acc, peak, mass = _attend(
-            acc, peak, mass, q, key, value, bias_ptr, batch, kv_head, start_n, seq_len_kv, qk_scale_log2,
+            acc, peak, mass, q, key, value, bias_ptr, batch, kv_head,
+            start_n, end_n, tokens < end_m, qk_scale_log2, skip_log2,
             key_stride_s, key_stride_d, value_stride_s, value_stride_d,
-            HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, False, PRECISION,  # pyright: ignore[reportArgumentType]
+            HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, RAGGED, SKIP, PRECISION,
         )  # fmt: skip
-    if RAGGED_KV:
+    if RAGGED_KV and PEEL and not VARIABLE:
         if num_whole < num_tiles:
-            start_n = last * KV_BLOCK + (num_whole % TILES) * BLOCK_N
             acc, peak, mass = _attend(
-                acc, peak, mass, q, key, value, bias_ptr, batch, kv_head, start_n, seq_len_kv, qk_scale_log2,
-                key_stride_s, key_stride_d, value_stride_s, value_stride_d,
-                HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, True, PRECISION,  # pyright: ignore[reportArgumentType]
+                acc, peak, mass, q, key, value, bias_ptr, batch, kv_head,
+                last * KV_BLOCK + (num_whole % TILES) * BLOCK_N, seq_len_kv, tokens < end_m,
+                qk_scale_log2, skip_log2, key_stride_s, key_stride_d, value_stride_s, value_stride_d,
+                HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, True, SKIP, PRECISION,  # pyright: ignore[reportArgumentType]
             )  # fmt: skip
 
     acc = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
-    tokens = start_m + tl.arange(0, BLOCK_M)
     if STORE_LSE:
         lse = tl.where(mass == 0.0, float("-inf"), (peak + tl.log2(mass)) * 0.6931471805599453)
         lse_row = (wide_batch * num_heads + head) * seq_len_q
-        tl.store(lse_ptr + lse_row + tokens, lse, mask=tokens < seq_len_q)
-    if DESCRIPTORS:
+        tl.store(lse_ptr + lse_row + tokens, lse, mask=tokens < end_m)
+    if DESCRIPTORS and not VARIABLE:
         out.store([batch, head, start_m, 0], acc.to(out.dtype).reshape([1, 1, BLOCK_M, BLOCK_D]))
     else:
         dims = tl.arange(0, BLOCK_D)
         pointers = out + tokens.to(tl.int64)[:, None] * out_stride_s + dims[None, :]
-        inside = (tokens < seq_len_q)[:, None] & (dims < HEAD_DIM)[None, :]
+        inside = (tokens < end_m)[:, None] & (dims < HEAD_DIM)[None, :]
         tl.store(pointers, acc.to(out.dtype.element_ty), mask=inside)
 
 
@@ -188,6 +262,7 @@ def triton_forward(
     scale: float,
     key_bias: Tensor | None,
     return_lse: bool,
+    skip_threshold: float | None = None,
     config: ForwardConfig | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the kernel; inference only.
@@ -195,10 +270,11 @@ def triton_forward(
     Args:
         query: `[batch, seq_len_q, num_heads, head_dim]` bf16, fp16 or fp32, any strides.
         key, value: `[batch, seq_len_kv, num_kv_heads, head_dim]`.
-        block_mask: lists; block sizes are multiples of 16.
+        block_mask: lists; block sizes are multiples of 16, blocks with offsets have any sizes.
         scale: factor on query . key, positive.
         key_bias: fp32 `[B|1, H|1, seq_len_kv]`, natural-log units, or None.
         return_lse: whether to compute the LSE.
+        skip_threshold: None or 0: exact; else tiles of block_m x block_n of the config are left out as in `reference`.
         config: tile shape and variant; default: the table in `configs`.
 
     Returns:
@@ -212,10 +288,11 @@ def triton_forward(
         return out, lse
     if config is None:
         config = config_for(query, key, value, out, block_mask)
+    lists, own = (block_mask.kv_num_blocks, block_mask.kv_indices), None
+    if block_mask.variable:
+        lists, own = tile_lists(block_mask, config.block_n), own_tiles(block_mask, config.block_m)
     # Read in place whatever the strides are; only the innermost stride of the lists and the bias has to be 1.
-    counts, indices = (
-        x if x.stride(-1) == 1 else x.contiguous() for x in (block_mask.kv_num_blocks, block_mask.kv_indices)
-    )
+    counts, indices = (x if x.stride(-1) == 1 else x.contiguous() for x in lists)
     if indices.shape[-1] == 0:
         indices = torch.zeros(*indices.shape[:3], 1, dtype=torch.int32, device=indices.device)
     bias = None
@@ -225,20 +302,25 @@ def triton_forward(
     arrays: list[Any] = [query, key, value, out]
     if config.descriptors:
         rows = (config.block_m, config.block_n, config.block_n, config.block_m)
-        arrays = [_descriptor(x, block, block_d) for x, block in zip(arrays, rows)]
-    num_q_tiles = triton.cdiv(seq_len_q, config.block_m)
+        described = [_descriptor(x, block, block_d) for x, block in zip(arrays, rows)]
+        arrays = [*described[:3], out] if block_mask.variable else described
+    own_blocks, own_starts = own if own is not None else (counts, counts)
+    num_q_tiles = own_starts.shape[-1] if own is not None else triton.cdiv(seq_len_q, config.block_m)
     launch: Any = block_sparse_forward_kernel[(num_q_tiles * num_heads * batch,)]
     with torch.cuda.device_of(query):
         launch(
             *arrays, lse if return_lse else out, counts, indices, bias if bias is not None else out,
+            own_blocks, own_starts,
             *query.stride(), *key.stride(), *value.stride(), *out.stride()[:3],
             *_broadcast_strides(counts, 2), *_broadcast_strides(indices, 2), indices.stride(2),
-            *(_broadcast_strides(bias, 2) if bias is not None else (0, 0)),
+            *(_broadcast_strides(bias, 2) if bias is not None else (0, 0)), *_broadcast_strides(own_starts, 2),
             num_heads, num_heads // key.shape[2], seq_len_q, seq_len_kv, num_q_tiles, scale * LOG2_E,
+            math.log2(skip_threshold) if skip_threshold else -math.inf,
             HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             Q_BLOCK=block_mask.q_block_size, KV_BLOCK=block_mask.kv_block_size,
             RAGGED_KV=seq_len_kv % config.block_n != 0, HAS_BIAS=bias is not None, STORE_LSE=return_lse,
-            DESCRIPTORS=config.descriptors, PRECISION="ieee",
+            DESCRIPTORS=config.descriptors, VARIABLE=block_mask.variable, SKIP=bool(skip_threshold),
+            PEEL=config.peel, PREFETCH=config.prefetch, PRECISION="ieee",
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse
@@ -282,6 +364,9 @@ def unsupported(query: Tensor, block_mask: BlockMask) -> str | None:
     for name in ("q_block_size", "kv_block_size"):
         if getattr(block_mask, name) % 16:
             return f"needs a {name} that is a multiple of 16, got {getattr(block_mask, name)}"
+    longest = max(block_mask.seq_len_q, block_mask.seq_len_kv)
+    if block_mask.variable and longest > MAX_TOKENS:
+        return f"supports up to {MAX_TOKENS} tokens with blocks of variable size, got {longest}"
     if query.device.type == "cpu":
         return None if os.environ.get("TRITON_INTERPRET") == "1" else "needs a GPU"
     if query.device.type != "cuda":

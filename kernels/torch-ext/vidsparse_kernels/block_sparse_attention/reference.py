@@ -1,11 +1,14 @@
 """The specification of block_sparse_attention in plain torch: any device, any case, differentiable.
 
+Blocks of variable size are computed in tiles of q_block_size x kv_block_size, those of uniform size as they are.
+
 Work goes over chunks of q-blocks, forward and backward, so that memory grows with the chunk and never with
 seq_len_q * seq_len_kv. The backward recomputes the probabilities from the saved LSE.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,13 +17,21 @@ from torch import Tensor
 
 from ..autocast import without_autocast
 from ..block_mask import BlockMask
+from .tiles import own_tiles, tile_lists, unpacked
 
 CHUNK_ELEMENTS = 1 << 23
 """Scores plus gathered keys held at a time; 32 MiB in fp32."""
 
 
 def reference(
-    query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, *, scale: float, key_bias: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    *,
+    scale: float,
+    key_bias: Tensor | None,
+    skip_threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each q-block over its listed kv-blocks.
 
@@ -30,35 +41,47 @@ def reference(
         block_mask: the lists.
         scale: factor on query . key.
         key_bias: fp32 `[B|1, H|1, seq_len_kv]` added to the scaled logits (natural log), or None.
+        skip_threshold: leave out tiles of small weight (arXiv:2512.12087); None or 0: exact. Each q-block (or tile of
+            it) walks its kv-blocks (or tiles of runs) in ascending order and leaves one out when in each of its rows
+            the largest logit lies more than -ln(skip_threshold) below the largest one of the row so far, over the
+            tiles kept. So the result depends on the block sizes. Not differentiable.
 
     Returns:
         Output `[batch, seq_len_q, num_heads, head_dim]` in the dtype of `query`, and the natural-log LSE
         `[batch, num_heads, seq_len_q]`, fp64 when `query` is fp64, else fp32. Sums are kept in the dtype of the LSE.
         Rows without any block give 0 and -inf. Both are differentiable once in query, key and value.
     """
-    out, lse = _ReferenceAttention.apply(query, key, value, block_mask, scale, key_bias)
+    out, lse = _ReferenceAttention.apply(query, key, value, block_mask, scale, key_bias, skip_threshold)
     return out, lse
 
 
 class _ReferenceAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scale: float, key_bias: Any
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        block_mask: BlockMask,
+        scale: float,
+        key_bias: Any,
+        skip_threshold: float | None,
     ) -> tuple[Tensor, Tensor]:
-        batch, seq_len_q, num_heads, head_dim = query.shape
-        blocks = _Blocks(query, key, value, block_mask, scale, key_bias)
+        blocks = _blocks(query, key, value, block_mask, scale, key_bias)
         out = torch.zeros_like(blocks.query)
         lse = out.new_full(out.shape[:-1], -torch.inf)
         for start, stop, width in blocks.chunks():
             scores, values = blocks.scores(start, stop, width)[0], blocks.gathered(blocks.value, start, stop, width)
+            if skip_threshold:
+                scores = _without_skipped(scores, blocks.q_rows(start, stop), width, math.log(skip_threshold))
             peak = scores.amax(-1, keepdim=True)
             peak = torch.where(peak == -torch.inf, 0.0, peak)
             weights = torch.exp(scores - peak)
             mass = weights.sum(-1, keepdim=True)
             lse[:, :, start:stop] = (peak + torch.log(mass)).squeeze(-1)
             out[:, :, start:stop] = weights @ values / torch.where(mass == 0, 1.0, mass)
-        out = out.view(batch, num_heads, -1, head_dim)[:, :, :seq_len_q].transpose(1, 2).to(query.dtype)
-        lse = lse.view(batch, num_heads, -1)[:, :, :seq_len_q].contiguous()
+        out = blocks.by_token(out).transpose(1, 2).to(query.dtype)
+        lse = blocks.by_token(lse.unsqueeze(-1)).squeeze(-1).contiguous()
         ctx.save_for_backward(query, key, value, key_bias, out, lse)
         ctx.block_mask, ctx.scale = block_mask, scale
         return out, lse
@@ -68,14 +91,14 @@ class _ReferenceAttention(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_out, grad_lse = grad_outputs
         with without_autocast(grad_out.device.type):
-            return (*_gradients(ctx, grad_out, grad_lse), None, None, None)
+            return (*_gradients(ctx, grad_out, grad_lse), None, None, None, None)
 
 
 def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, in their dtypes and shapes."""
     query, key, value, key_bias, out, lse = ctx.saved_tensors
     scale = ctx.scale
-    blocks = _Blocks(query, key, value, ctx.block_mask, scale, key_bias)
+    blocks = _blocks(query, key, value, ctx.block_mask, scale, key_bias)
     dtype = blocks.query.dtype
     delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1).transpose(1, 2)
     # Rows without keys have lse -inf: no weight, and whatever arrives through them is dropped.
@@ -98,11 +121,34 @@ def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, Te
         q = blocks.query[:, :, start:stop]
         blocks.scatter_add(grad_key, rows, grad_scores.transpose(-1, -2) @ q)
         blocks.scatter_add(grad_value, rows, weights.transpose(-1, -2) @ grad_o)
-    grad_query = grad_query.flatten(2, 3)[:, :, : query.shape[1]].transpose(1, 2).to(query.dtype)
+    grad_query = blocks.by_token(grad_query).transpose(1, 2).to(query.dtype)
     grad_key, grad_value = (
         g.flatten(2, 3)[:, :, : key.shape[1]].transpose(1, 2).to(key.dtype) for g in (grad_key, grad_value)
     )
     return grad_query, grad_key, grad_value
+
+
+def _without_skipped(scores: Tensor, q_rows: Tensor, width: int, log_threshold: float) -> Tensor:
+    """-inf in the scores `[..., q rows, width * columns]` of the tiles that are left out.
+
+    `q_rows`: bool, broadcastable to the scores without their columns; rows of padding do not vote.
+    """
+    tiles = scores.unflatten(-1, (width, -1))
+    tile_peaks = tiles.amax(-1)
+    peak = torch.full_like(tile_peaks[..., 0], -torch.inf)
+    kept = []
+    for tile_peak in tile_peaks.unbind(-1):
+        # The comparison fails where both are -inf: nothing is lost.
+        votes = (tile_peak - peak >= log_threshold) & q_rows
+        keep = votes.any(-1, keepdim=True)
+        peak = torch.where(keep, torch.maximum(peak, tile_peak), peak)
+        kept.append(keep)
+    return torch.where(torch.stack(kept, -1).unsqueeze(-1), tiles, -torch.inf).flatten(-2)
+
+
+def _blocks(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scale: float, key_bias: Any) -> _Blocks:
+    kind = _Tiles if block_mask.variable else _Blocks
+    return kind(query, key, value, block_mask, scale, key_bias)
 
 
 class _Blocks:
@@ -124,29 +170,43 @@ class _Blocks:
     ) -> None:
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         self.mask, self.scale = block_mask, scale
+        self.cut()
         self.query = self.by_q_block(query.transpose(1, 2).to(dtype))
         self.key = self.by_kv_block(key.transpose(1, 2).to(dtype))
         self.value = self.by_kv_block(value.transpose(1, 2).to(dtype))
         if key_bias is None:
             key_bias = torch.zeros(1, 1, block_mask.seq_len_kv, device=key.device)
-        padding = -block_mask.seq_len_kv % block_mask.kv_block_size
-        bias = F.pad(key_bias.to(dtype), (0, padding), value=-torch.inf)
-        self.bias = bias.unflatten(2, (block_mask.num_kv_blocks, block_mask.kv_block_size))
+        self.bias = self.by_kv_block(key_bias.to(dtype).unsqueeze(-1), padding=-torch.inf).squeeze(-1)
+
+    def cut(self) -> None:
+        """Lists per q-block: how many kv-blocks, which, and the longest one over batch and heads."""
+        self.counts, self.lists = self.mask.kv_num_blocks, self.mask.kv_indices
+        self.widths = longest_lists(self.mask)
 
     def by_q_block(self, x: Tensor, padding: float = 0.0) -> Tensor:
         """`[batch, heads, seq_len_q, dim]` -> `[batch, heads, num_q_blocks, q_block_size, dim]`."""
         size = self.mask.q_block_size
         return F.pad(x, (0, 0, 0, -x.shape[2] % size), value=padding).unflatten(2, (-1, size)).contiguous()
 
-    def by_kv_block(self, x: Tensor) -> Tensor:
+    def by_token(self, x: Tensor) -> Tensor:
+        """The other way round."""
+        return x.flatten(2, 3)[:, :, : self.mask.seq_len_q]
+
+    def q_rows(self, start: int, stop: int) -> Tensor:
+        """Bool `[B|1, H|1, stop - start, q_block_size]`: which rows of the q-blocks are tokens."""
+        rows = torch.arange(start * self.mask.q_block_size, stop * self.mask.q_block_size, device=self.query.device)
+        return (rows < self.mask.seq_len_q).view(1, 1, stop - start, -1)
+
+    def by_kv_block(self, x: Tensor, padding: float = 0.0) -> Tensor:
+        """`[batch, heads, seq_len_kv, dim]` -> `[batch, heads, num_kv_blocks, kv_block_size, dim]`."""
         size = self.mask.kv_block_size
-        return F.pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size)).contiguous()
+        return F.pad(x, (0, 0, 0, -x.shape[2] % size), value=padding).unflatten(2, (-1, size)).contiguous()
 
     def chunks(self) -> list[tuple[int, int, int]]:
         """(first q-block, last q-block + 1, longest list among them), none where all lists are empty."""
         batch, num_heads, num_q_blocks, q_block_size, head_dim = self.query.shape
         result = []
-        start, widths = 0, longest_lists(self.mask)
+        start, widths = 0, self.widths
         while start < num_q_blocks:
             width, stop = widths[start], start + 1
             while stop < num_q_blocks:
@@ -163,13 +223,17 @@ class _Blocks:
     def rows(self, num_batches: int, num_heads: int, start: int, stop: int, width: int) -> Tensor:
         """Positions of the listed blocks in a `[num_batches, num_heads, num_kv_blocks]` array, flattened:
         int64 `[batch, num_heads of query, stop - start, width]`, or with size 1 where everything broadcasts."""
-        listed = self.mask.kv_indices[:, :, start:stop, :width].to(torch.int64)
-        device = listed.device
-        batches = torch.arange(num_batches, device=device)[:, None, None, None]
-        heads = torch.arange(num_heads, device=device)
+        listed = self.lists[:, :, start:stop, :width].to(torch.int64)
+        return self.map_rows(num_batches, num_heads)[..., None, None] * self.mask.num_kv_blocks + listed
+
+    def map_rows(self, num_batches: int, num_heads: int) -> Tensor:
+        """int64 `[num_batches, num_heads of query or 1]`: positions in a `[num_batches, num_heads]` array, flattened;
+        heads of query that share a kv head repeat."""
+        batches = torch.arange(num_batches, device=self.query.device)
+        heads = torch.arange(num_heads, device=self.query.device)
         if num_heads > 1:
             heads = heads.repeat_interleave(self.query.shape[1] // num_heads)
-        return (batches * num_heads + heads[None, :, None, None]) * self.mask.num_kv_blocks + listed
+        return batches[:, None] * num_heads + heads
 
     def gathered(self, blocks: Tensor, start: int, stop: int, width: int) -> Tensor:
         """Listed blocks of key or value: `[batch, num_heads, stop - start, width * kv_block_size, head_dim]`."""
@@ -185,7 +249,7 @@ class _Blocks:
         rows = self.rows(self.key.shape[0], self.key.shape[1], start, stop, width)
         bias_rows = self.rows(self.bias.shape[0], self.bias.shape[1], start, stop, width)
         bias = self.bias.flatten(0, 2)[bias_rows]
-        listed = torch.arange(width, device=keys.device) < self.mask.kv_num_blocks[:, :, start:stop, None]
+        listed = torch.arange(width, device=keys.device) < self.counts[:, :, start:stop, None]
         bias = torch.where(listed.unsqueeze(-1), bias, -torch.inf).flatten(3)
         scores = self.query[:, :, start:stop] @ keys.transpose(-1, -2) * self.scale + bias.unsqueeze(3)
         return scores, keys, rows
@@ -195,6 +259,87 @@ class _Blocks:
         rows = rows.expand(-1, self.query.shape[1], -1, -1)
         size = self.mask.kv_block_size * target.shape[-1]
         target.view(-1, size).index_add_(0, rows.reshape(-1), update.reshape(-1, size))
+
+
+class _Tiles(_Blocks):
+    """The same for blocks of variable size, each q-block and each run of listed kv-blocks cut into tiles.
+
+    query `[batch, num_heads, q tiles, q_block_size, head_dim]`, where the number of tiles is the most of any head;
+    key, value `[batch, num_kv_heads, seq_len_kv, 1, head_dim]`; bias `[B|1, H|1, seq_len_kv, 1]`.
+    """
+
+    def cut(self) -> None:
+        mask = self.mask
+        if "reference_tiles" not in mask._cache:
+            blocks, q_tiles = own_tiles(mask, mask.q_block_size)
+            counts, kv_tiles = tile_lists(mask, mask.kv_block_size)
+            starts, lengths = unpacked(q_tiles)
+            lead = torch.broadcast_shapes(blocks.shape[:2], counts.shape[:2])
+            owner = blocks.to(torch.int64).expand(*lead, -1)
+            counts = counts.expand(*lead, -1).gather(-1, owner) * (lengths > 0)
+            rows = owner.unsqueeze(-1).expand(*owner.shape, kv_tiles.shape[-1])
+            lists = kv_tiles.expand(*lead, *kv_tiles.shape[2:]).gather(2, rows)
+            columns = torch.arange(mask.q_block_size, device=mask.device)
+            # Rows past the end of a tile read its first token; their results are dropped.
+            inside = columns < lengths.unsqueeze(-1)
+            q_tokens = torch.where(inside, starts.unsqueeze(-1) + columns, starts.unsqueeze(-1))
+            place = torch.arange(inside[0, 0].numel(), device=mask.device).expand_as(inside.flatten(2))
+            slot = torch.where(inside, q_tokens, mask.seq_len_q).flatten(2)
+            places = torch.zeros(*lengths.shape[:2], mask.seq_len_q + 1, dtype=torch.int64, device=mask.device)
+            places = places.scatter(2, slot, place)[..., :-1]
+            widths = counts.amax((0, 1)).tolist()
+            mask._cache["reference_tiles"] = (counts, lists, widths, inside, q_tokens, places)
+        self.counts, self.lists, self.widths, self.inside, self.q_tokens, self.places = mask._cache["reference_tiles"]
+
+    def by_q_block(self, x: Tensor, padding: float = 0.0) -> Tensor:
+        index = self.q_tokens.flatten(2).unsqueeze(-1).expand(*x.shape[:2], -1, x.shape[-1])
+        picked = x.gather(2, index).unflatten(2, self.q_tokens.shape[2:])
+        return torch.where(self.inside.unsqueeze(-1), picked, padding)
+
+    def by_token(self, x: Tensor) -> Tensor:
+        x = x.flatten(2, 3)
+        return x.gather(2, self.places.unsqueeze(-1).expand(*x.shape[:2], -1, x.shape[-1]))
+
+    def q_rows(self, start: int, stop: int) -> Tensor:
+        return self.inside[:, :, start:stop]
+
+    def by_kv_block(self, x: Tensor, padding: float = 0.0) -> Tensor:
+        return x.unsqueeze(3).contiguous()
+
+    def columns(self, start: int, stop: int, width: int) -> tuple[Tensor, Tensor]:
+        """kv tokens of the listed tiles, int64 `[B|1, H|1, stop - start, width * kv_block_size]`, and which of them are
+        meant; the others are token 0."""
+        starts, lengths = unpacked(self.lists[:, :, start:stop, :width])
+        columns = torch.arange(self.mask.kv_block_size, device=starts.device)
+        listed = torch.arange(width, device=starts.device) < self.counts[:, :, start:stop, None]
+        inside = (columns < lengths.unsqueeze(-1)) & listed.unsqueeze(-1)
+        tokens = torch.where(inside, starts.unsqueeze(-1) + columns, 0)
+        return tokens.flatten(3), inside.flatten(3)
+
+    def rows(self, num_batches: int, num_heads: int, start: int, stop: int, width: int) -> Tensor:
+        tokens, _ = self.columns(start, stop, width)
+        return self.map_rows(num_batches, num_heads)[..., None, None] * self.mask.seq_len_kv + tokens
+
+    def gathered(self, blocks: Tensor, start: int, stop: int, width: int) -> Tensor:
+        rows = self.rows(blocks.shape[0], blocks.shape[1], start, stop, width)
+        rows = rows.expand(-1, self.query.shape[1], -1, -1)
+        picked = blocks.flatten(0, 3).index_select(0, rows.reshape(-1)).view(*rows.shape, blocks.shape[-1])
+        _, inside = self.columns(start, stop, width)
+        # A weight of 0 would not hide what is not finite in tokens of other blocks.
+        return torch.where(inside.unsqueeze(-1), picked, 0.0)
+
+    def scores(self, start: int, stop: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        keys = self.gathered(self.key, start, stop, width)
+        rows = self.rows(self.key.shape[0], self.key.shape[1], start, stop, width)
+        _, inside = self.columns(start, stop, width)
+        bias = self.bias.flatten()[self.rows(self.bias.shape[0], self.bias.shape[1], start, stop, width)]
+        bias = torch.where(inside, bias, -torch.inf)
+        scores = self.query[:, :, start:stop] @ keys.transpose(-1, -2) * self.scale + bias.unsqueeze(3)
+        return scores, keys, rows
+
+    def scatter_add(self, target: Tensor, rows: Tensor, update: Tensor) -> None:
+        rows = rows.expand(-1, self.query.shape[1], -1, -1)
+        target.view(-1, target.shape[-1]).index_add_(0, rows.reshape(-1), update.reshape(-1, target.shape[-1]))
 
 
 def longest_lists(block_mask: BlockMask) -> list[int]:

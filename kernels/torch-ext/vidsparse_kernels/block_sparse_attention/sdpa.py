@@ -8,6 +8,7 @@ decided once per mask by minimising a cost model, and kept on the mask.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,6 +118,24 @@ def grouped_sdpa(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMas
     return out
 
 
+def relative_cost(block_mask: BlockMask, dtype: torch.dtype) -> float:
+    """Time of `grouped_sdpa` over that of one dense call, as the cost model sees it; above 1 dense is faster."""
+    half = dtype.itemsize == 2
+    costs = block_mask._cache.setdefault("sdpa_costs", {})
+    if half not in costs:
+        total = 0.0
+        for part in _plan(block_mask, dtype):
+            heads = block_mask.num_heads if part.heads is None else len(part.heads)
+            for call in part.calls:
+                per_pair = 1.0 if call.allowed is None else MASK_FACTOR[half]
+                per_key = START_COST[half] + (0 if call.keys.index is None else GATHER_COST)
+                pairs_and_keys = int(call.kv_sizes.sum()) * (int(call.q_sizes.sum()) * per_pair + per_key)
+                total += heads * (CALL_COST + pairs_and_keys)
+        dense = CALL_COST + block_mask.seq_len_kv * (block_mask.seq_len_q + START_COST[half])
+        costs[half] = total / (block_mask.batch_size * block_mask.num_heads * dense)
+    return costs[half]
+
+
 def _additive_mask(block_mask: BlockMask, part: _Part, number: int, dtype: torch.dtype) -> Tensor | None:
     call = part.calls[number]
     if call.allowed is None:
@@ -140,15 +159,43 @@ def _plan(block_mask: BlockMask, dtype: torch.dtype) -> list[_Part]:
     return plans[half]
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """Where the q-blocks and kv-blocks of one head start: offsets with the length at the end."""
+
+    q_offsets: tuple[int, ...]
+    kv_offsets: tuple[int, ...]
+
+    def num_queries(self, q_block: int) -> int:
+        return self.q_offsets[q_block + 1] - self.q_offsets[q_block]
+
+    def num_keys(self, bits: int) -> int:
+        """Tokens of the kv-blocks in `bits`."""
+        total = 0
+        while bits:
+            block = (bits & -bits).bit_length() - 1
+            total += self.kv_offsets[block + 1] - self.kv_offsets[block]
+            bits &= bits - 1
+        return total
+
+
 def _make_plan(block_mask: BlockMask, start_cost: float, mask_factor: float) -> list[_Part]:
+    bit_rows = _bit_rows(block_mask)
+    q_offsets, kv_offsets = (block_mask.offsets(side).tolist() for side in ("q", "kv"))
+
+    def stored(lists: list[list[Any]], b: int, h: int) -> Any:
+        return lists[b if len(lists) > 1 else 0][h if len(lists[0]) > 1 else 0]
+
     parts = []
-    for b, batch_rows in enumerate(_bit_rows(block_mask)):
+    for b in range(block_mask.batch_size):
         batch = slice(None) if block_mask.batch_size == 1 else slice(b, b + 1)
-        heads_by_rows: dict[tuple[int, ...], list[int]] = {}
-        for h, rows in enumerate(batch_rows):
-            heads_by_rows.setdefault(rows, []).append(h)
-        for rows, heads in heads_by_rows.items():
-            calls = [_make_call(block_mask, *joined) for joined in _join(block_mask, rows, start_cost, mask_factor)]
+        alike: dict[tuple[tuple[int, ...], _Sizes], list[int]] = {}
+        for h in range(block_mask.num_heads):
+            sizes = _Sizes(*(tuple(stored(offsets, b, h)) for offsets in (q_offsets, kv_offsets)))
+            alike.setdefault((stored(bit_rows, b, h), sizes), []).append(h)
+        for (rows, sizes), heads in alike.items():
+            joined = _join(rows, sizes, start_cost, mask_factor)
+            calls = [_make_call(sizes, *members, device=block_mask.device) for members in joined]
             parts.append(_Part(batch, None if len(heads) == block_mask.num_heads else heads, calls))
     return parts
 
@@ -168,21 +215,23 @@ def _bit_rows(block_mask: BlockMask) -> list[list[tuple[int, ...]]]:
 
 
 def _join(
-    block_mask: BlockMask, rows: tuple[int, ...], start_cost: float, mask_factor: float
+    rows: tuple[int, ...], sizes: _Sizes, start_cost: float, mask_factor: float
 ) -> list[tuple[list[int], list[int]]]:
     """Split the q-blocks into calls: lists of (q-blocks, their kv-blocks as bits), cheapest by the cost model."""
+    filled = sum(1 << block for block, size in enumerate(_differences(sizes.kv_offsets)) if size)
     by_bits: dict[int, list[int]] = {}
     for q_block, bits in enumerate(rows):
-        if bits:
-            by_bits.setdefault(bits, []).append(q_block)
+        if bits & filled and sizes.num_queries(q_block):
+            by_bits.setdefault(bits & filled, []).append(q_block)
     groups = sorted(by_bits.items(), key=lambda item: item[1][0])
+    group_queries = [sum(sizes.num_queries(q_block) for q_block in q_blocks) for _, q_blocks in groups]
     best: list[tuple[float, int]] = [(0.0, 0)]
     for stop in range(1, len(groups) + 1):
-        union, num_queries, choices = 0, 0, []
+        union, num_keys, num_queries, choices = 0, 0, 0, []
         for start in range(stop - 1, max(-1, stop - 1 - MAX_JOINED), -1):
+            num_keys += sizes.num_keys(groups[start][0] & ~union)
             union |= groups[start][0]
-            num_queries += len(groups[start][1]) * block_mask.q_block_size
-            num_keys = bin(union).count("1") * block_mask.kv_block_size
+            num_queries += group_queries[start]
             per_pair = mask_factor if start < stop - 1 else 1.0
             per_key = start_cost if _is_one_run(union) else start_cost + GATHER_COST
             cost = CALL_COST + num_keys * (num_queries * per_pair + per_key)
@@ -197,28 +246,31 @@ def _join(
     return joined
 
 
+def _differences(offsets: tuple[int, ...]) -> list[int]:
+    return [stop - start for start, stop in zip(offsets, offsets[1:])]
+
+
 def _is_one_run(bits: int) -> bool:
     lowest = bits & -bits
     return (bits + lowest) & bits == 0
 
 
-def _make_call(block_mask: BlockMask, q_blocks: list[int], bits: list[int]) -> _Call:
+def _make_call(sizes: _Sizes, q_blocks: list[int], bits: list[int], *, device: torch.device) -> _Call:
     union = 0
     for row in bits:
         union |= row
-    kv_blocks = [block for block in range(block_mask.num_kv_blocks) if union >> block & 1]
-    device = block_mask.device
-    queries, q_sizes = _tokens(q_blocks, block_mask.q_block_size, block_mask.seq_len_q, device)
-    keys, kv_sizes = _tokens(kv_blocks, block_mask.kv_block_size, block_mask.seq_len_kv, device)
+    kv_blocks = [block for block in range(len(sizes.kv_offsets) - 1) if union >> block & 1]
+    queries, q_sizes = _tokens(q_blocks, sizes.q_offsets, device)
+    keys, kv_sizes = _tokens(kv_blocks, sizes.kv_offsets, device)
     allowed = None
     if any(row != union for row in bits):
         allowed = torch.tensor([[bool(row >> block & 1) for block in kv_blocks] for row in bits], device=device)
     return _Call(queries, keys, allowed, q_sizes, kv_sizes)
 
 
-def _tokens(blocks: list[int], block_size: int, seq_len: int, device: torch.device) -> tuple[_Tokens, Tensor]:
-    """The tokens of some blocks (ascending), and the size of each block."""
-    spans = [(block * block_size, min((block + 1) * block_size, seq_len)) for block in blocks]
+def _tokens(blocks: list[int], offsets: tuple[int, ...], device: torch.device) -> tuple[_Tokens, Tensor]:
+    """The tokens of some blocks (ascending, none empty), and the size of each block."""
+    spans = [(offsets[block], offsets[block + 1]) for block in blocks]
     sizes = torch.tensor([stop - start for start, stop in spans], device=device)
     first, last = spans[0][0], spans[-1][1]
     if last - first == int(sizes.sum()):

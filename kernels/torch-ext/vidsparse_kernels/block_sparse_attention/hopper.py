@@ -1,0 +1,377 @@
+"""Forward kernel for Hopper GPUs, written in Gluon: warp-specialised, on TMA and wgmma.
+
+Three roles in one program of 9 warps. A producer warp walks the list and copies q, k and v tiles to shared memory; two
+warpgroups each own 64 of the 128 queries and compute. They share every key and value tile, and while one is in its
+softmax the other keeps the tensor cores busy. Barriers in shared memory say which tile is full and which is free.
+The programs are persistent: as many as the GPU has multiprocessors, each taking every n-th q tile, so that the loads
+of the next tile run under the end of the last one.
+
+The scheme is that of FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608, section 3.1), over block lists. Its overlap
+of softmax and products within one warpgroup (section 3.2) was tried and made this kernel slower: docs/performance.md.
+"""
+
+# In kernels every value is the compiler's, which its annotations for the host do not describe.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ..block_mask import BlockMask
+from .configs import padded_head_dim
+from .forward import LOG2_E, _broadcast_strides, _tma_can_read
+
+# Later versions of Triton name these differently.
+tma_load: Any = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+tma_store: Any = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+warpgroup_barrier: Any = getattr(gl, "thread_barrier", None) or gl.barrier
+
+BLOCK_M = 128
+"""Queries per program, 64 for each warpgroup."""
+CONSUMER_REGISTERS = 240
+PRODUCER_REGISTERS = 24
+RUNTIME_INTEGERS = [
+    "counts_stride_b", "counts_stride_h", "indices_stride_b", "indices_stride_h", "indices_stride_m",
+    "num_heads", "group_size", "seq_len_q", "seq_len_kv", "num_q_tiles", "num_work",
+]  # fmt: skip
+"""What Triton may not compile into the kernel, so that one compilation serves every shape."""
+
+
+@gluon.jit
+def _work_item(
+    work, num_work, lists, num_heads, num_q_tiles, seq_len_kv,
+    Q_BLOCK: gl.constexpr, KV_BLOCK: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """(pointer to the list, number of key tiles, first key of the last one) of a q tile; no tiles past the work."""
+    counts_ptr, indices_ptr, counts_stride_b, counts_stride_h, indices_stride_b, indices_stride_h, indices_stride_m = (
+        lists
+    )
+    TILES: gl.constexpr = KV_BLOCK // BLOCK_N
+    head = ((work // num_q_tiles) % num_heads).to(gl.int64)
+    batch = (work // num_q_tiles // num_heads).to(gl.int64)
+    q_block = (work % num_q_tiles) * 128 // Q_BLOCK
+    indices = (
+        indices_ptr + batch * indices_stride_b + head * indices_stride_h + q_block.to(gl.int64) * indices_stride_m
+    )
+    count = gl.load(
+        counts_ptr + batch * counts_stride_b + head * counts_stride_h + q_block, mask=work < num_work, other=0
+    )
+    # Lists ascend, so only their last entry can be the shorter last block, which may lack some whole tiles.
+    last = gl.load(indices + gl.maximum(count - 1, 0), mask=count > 0, other=0)
+    overhang = gl.maximum((last + 1) * KV_BLOCK - seq_len_kv, 0)
+    num_tiles = gl.where(count > 0, count * TILES - overhang // BLOCK_N, 0)
+    return indices, num_tiles, last * KV_BLOCK + ((num_tiles - 1) % TILES) * BLOCK_N
+
+
+@gluon.jit
+def _load_tiles(
+    query, key, value, q_smem, k_smem, v_smem, barriers, lists,
+    num_heads, group_size, seq_len_kv, num_q_tiles, num_work,
+    Q_BLOCK: gl.constexpr, KV_BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The producer: copy what the warpgroups need, in their order: each list from its end, values one tile later."""
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    TILES: gl.constexpr = KV_BLOCK // BLOCK_N
+    base = 0
+    turn = 0
+    for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
+        indices, num_tiles, start_v = _work_item(
+            work, num_work, lists, num_heads, num_q_tiles, seq_len_kv, Q_BLOCK, KV_BLOCK, BLOCK_N
+        )
+        head = (work // num_q_tiles) % num_heads
+        batch = work // num_q_tiles // num_heads
+        kv_head = head // group_size
+        start_m = (work % num_q_tiles) * 128
+        mbarrier.wait(q_empty, (turn & 1) ^ 1)
+        mbarrier.expect(q_full, 2 * query.block_type.nbytes)
+        for consumer in gl.static_range(2):
+            tma_load(query, [batch, head, start_m + consumer * 64, 0], q_full, q_smem.index(consumer))
+        for i in range(num_tiles + 1):
+            start_k = start_v
+            if i < num_tiles:
+                tile = num_tiles - 1 - i
+                start_k = gl.load(indices + tile // TILES) * KV_BLOCK + (tile % TILES) * BLOCK_N
+                stage = (base + i) % STAGES
+                mbarrier.wait(k_empty.index(stage), (((base + i) // STAGES) & 1) ^ 1)
+                mbarrier.expect(k_full.index(stage), key.block_type.nbytes)
+                tma_load(key, [batch, kv_head, start_k, 0], k_full.index(stage), k_smem.index(stage))
+            if i > 0:
+                stage = (base + i - 1) % STAGES
+                mbarrier.wait(v_empty.index(stage), (((base + i - 1) // STAGES) & 1) ^ 1)
+                mbarrier.expect(v_full.index(stage), value.block_type.nbytes)
+                tma_load(value, [batch, kv_head, start_v, 0], v_full.index(stage), v_smem.index(stage))
+            start_v = start_k
+        base += num_tiles
+        turn += 1
+
+
+@gluon.jit
+def _attend(
+    consumer: gl.constexpr, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, lists,
+    num_heads, seq_len_q, seq_len_kv, num_q_tiles, num_work, qk_scale_log2,
+    Q_BLOCK: gl.constexpr, KV_BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr, RAGGED_KV: gl.constexpr, STORE_LSE: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup: 64 queries of each q tile over their list, from its end, so that a cut tile comes first and its
+    mask stays out of the loop."""
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    DTYPE: gl.constexpr = q_smem.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    q = q_smem.index(consumer).reshape([64, BLOCK_D])
+    zeros = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
+    base = 0
+    turn = 0
+    step = gl.num_programs(0)
+    _, num_tiles, last_start = _work_item(
+        gl.program_id(0), num_work, lists, num_heads, num_q_tiles, seq_len_kv, Q_BLOCK, KV_BLOCK, BLOCK_N
+    )
+    for work in range(gl.program_id(0), num_work, step):
+        # The next list's length is read a whole list ahead.
+        _, next_num_tiles, next_last_start = _work_item(
+            work + step, num_work, lists, num_heads, num_q_tiles, seq_len_kv, Q_BLOCK, KV_BLOCK, BLOCK_N
+        )
+        head = (work // num_q_tiles) % num_heads
+        batch = work // num_q_tiles // num_heads
+        start_m = (work % num_q_tiles) * 128 + consumer * 64
+        acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
+        # [64], peak in base 2
+        peak = gl.full([64], float("-inf"), gl.float32, s_rows)
+        mass = gl.zeros([64], gl.float32, s_rows)
+        mbarrier.wait(q_full, turn & 1)
+        if num_tiles > 0:
+            stage = base % STAGES
+            mbarrier.wait(k_full.index(stage), (base // STAGES) & 1)
+            k = k_smem.index(stage).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
+            logits = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+            logits = warpgroup_mma_wait(0, deps=[logits])
+            # One thread arrives for the warpgroup, so all of it has to be done with the tile.
+            warpgroup_barrier()
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            if RAGGED_KV:
+                columns = last_start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
+                logits = gl.where((columns < seq_len_kv)[None, :], logits, float("-inf"))
+            peak = gl.max(logits, 1) * qk_scale_log2
+            weights = gl.exp2(logits * qk_scale_log2 - peak[:, None])
+            mass = gl.sum(weights, 1)
+            p = gl.convert_layout(weights.to(DTYPE), p_layout)
+            for i in range(base + 1, base + num_tiles):
+                stage = i % STAGES
+                before = (i - 1) % STAGES
+                mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
+                k = k_smem.index(stage).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
+                logits = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+                mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
+                v = v_smem.index(before).reshape([BLOCK_N, BLOCK_D])
+                acc = warpgroup_mma(p, v, acc, is_async=True)
+                logits = warpgroup_mma_wait(1, deps=[logits])
+                warpgroup_barrier()
+                mbarrier.arrive(k_empty.index(stage), count=1)
+                new_peak = gl.maximum(peak, gl.max(logits, 1) * qk_scale_log2)
+                weights = gl.exp2(logits * qk_scale_log2 - new_peak[:, None])
+                decay = gl.exp2(peak - new_peak)
+                mass = mass * decay + gl.sum(weights, 1)
+                peak = new_peak
+                next_p = gl.convert_layout(weights.to(DTYPE), p_layout)
+                acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+                warpgroup_barrier()
+                mbarrier.arrive(v_empty.index(before), count=1)
+                acc = acc * gl.convert_layout(decay, o_rows)[:, None]
+                p = next_p
+            stage = (base + num_tiles - 1) % STAGES
+            mbarrier.wait(v_full.index(stage), ((base + num_tiles - 1) // STAGES) & 1)
+            v = v_smem.index(stage).reshape([BLOCK_N, BLOCK_D])
+            acc = warpgroup_mma(p, v, acc, is_async=True)
+            mbarrier.arrive(q_empty, count=1)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            warpgroup_barrier()
+            mbarrier.arrive(v_empty.index(stage), count=1)
+            acc = acc * gl.convert_layout(1.0 / mass, o_rows)[:, None]
+        else:
+            warpgroup_barrier()
+            mbarrier.arrive(q_empty, count=1)
+        if STORE_LSE:
+            tokens = start_m + gl.arange(0, 64, s_rows)
+            lse = gl.where(mass == 0.0, float("-inf"), (peak + gl.log2(mass)) * 0.6931471805599453)
+            lse_row = (batch.to(gl.int64) * num_heads + head) * seq_len_q
+            gl.store(lse_ptr + lse_row + tokens, lse, mask=tokens < seq_len_q)
+        tma.store_wait(0)
+        warpgroup_barrier()
+        o_smem.index(consumer).reshape([64, BLOCK_D]).store(acc.to(DTYPE))
+        fence_async_shared()
+        warpgroup_barrier()
+        tma_store(out, [batch, head, start_m, 0], o_smem.index(consumer))
+        base += num_tiles
+        turn += 1
+        num_tiles = next_num_tiles
+        last_start = next_last_start
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=RUNTIME_INTEGERS)
+def block_sparse_forward_hopper_kernel(
+    query, key, value, out, lse_ptr, counts_ptr, indices_ptr,
+    counts_stride_b, counts_stride_h, indices_stride_b, indices_stride_h, indices_stride_m,
+    num_heads, group_size, seq_len_q, seq_len_kv, num_q_tiles, num_work, qk_scale_log2,
+    BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, Q_BLOCK: gl.constexpr, KV_BLOCK: gl.constexpr,
+    STAGES: gl.constexpr, RAGGED_KV: gl.constexpr, STORE_LSE: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """128 queries of one head over their listed kv-blocks, q tile after q tile; query, key, value, out are
+    descriptors."""
+    DTYPE: gl.constexpr = query.dtype
+    # [stages, batch, head, token, dim]
+    q_smem = gl.allocate_shared_memory(DTYPE, [2, 1, 1, 64, BLOCK_D], query.layout)
+    o_smem = gl.allocate_shared_memory(DTYPE, [2, 1, 1, 64, BLOCK_D], out.layout)
+    k_smem = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, BLOCK_D], key.layout)
+    v_smem = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, BLOCK_D], value.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    # Full: the producer arrives. Empty: each of the two warpgroups does.
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(q_empty, count=2)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=2)
+        mbarrier.init(v_empty.index(stage), count=2)
+    fence_async_shared()
+    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    lists = (
+        counts_ptr, indices_ptr, counts_stride_b, counts_stride_h, indices_stride_b, indices_stride_h, indices_stride_m,
+    )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_attend, (
+                0, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, lists,
+                num_heads, seq_len_q, seq_len_kv, num_q_tiles, num_work, qk_scale_log2,
+                Q_BLOCK, KV_BLOCK, BLOCK_N, BLOCK_D, STAGES, RAGGED_KV, STORE_LSE,
+            )),
+            (_attend, (
+                1, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, lists,
+                num_heads, seq_len_q, seq_len_kv, num_q_tiles, num_work, qk_scale_log2,
+                Q_BLOCK, KV_BLOCK, BLOCK_N, BLOCK_D, STAGES, RAGGED_KV, STORE_LSE,
+            )),
+            (_load_tiles, (
+                query, key, value, q_smem, k_smem, v_smem, barriers, lists,
+                num_heads, group_size, seq_len_kv, num_q_tiles, num_work,
+                Q_BLOCK, KV_BLOCK, BLOCK_N, STAGES,
+            )),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip
+
+
+def hopper_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    *,
+    scale: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Launch the kernel; inference only.
+
+    Args:
+        query: `[batch, seq_len_q, num_heads, head_dim]` bf16 or fp16. What TMA cannot read (rows that do not start at
+            multiples of 16 bytes, elements apart) is copied, here and in key and value.
+        key, value: `[batch, seq_len_kv, num_kv_heads, head_dim]`.
+        block_mask: lists; q-blocks of a multiple of 128 tokens, kv-blocks of a multiple of 64.
+        scale: factor on query . key, positive.
+        return_lse: whether to compute the LSE.
+
+    Returns:
+        Output like `query` (contiguous) and the fp32 LSE `[batch, num_heads, seq_len_q]` or None.
+    """
+    batch, seq_len_q, num_heads, head_dim = query.shape
+    seq_len_kv = key.shape[1]
+    query, key, value = (x if _tma_can_read(x) else x.contiguous() for x in (query, key, value))
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(batch, num_heads, seq_len_q, dtype=torch.float32, device=query.device) if return_lse else None
+    counts, indices = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (block_mask.kv_num_blocks, block_mask.kv_indices)
+    )
+    if indices.shape[-1] == 0:
+        indices = torch.zeros(*indices.shape[:3], 1, dtype=torch.int32, device=indices.device)
+    block_d = padded_head_dim(head_dim)
+    block_n = 128 if block_mask.kv_block_size % 128 == 0 else 64
+    num_q_tiles = triton.cdiv(seq_len_q, BLOCK_M)
+    num_work = num_q_tiles * num_heads * batch
+    num_programs = min(num_work, torch.cuda.get_device_properties(query.device).multi_processor_count)
+    launch: Any = block_sparse_forward_hopper_kernel[(num_programs,)]
+    with torch.cuda.device_of(query):
+        launch(
+            _descriptor(query, 64, block_d), _descriptor(key, block_n, block_d), _descriptor(value, block_n, block_d),
+            _descriptor(out, 64, block_d), lse if lse is not None else counts, counts, indices,
+            *_broadcast_strides(counts, 2), *_broadcast_strides(indices, 2), indices.stride(2),
+            num_heads, num_heads // key.shape[2], seq_len_q, seq_len_kv, num_q_tiles, num_work, scale * LOG2_E,
+            BLOCK_D=block_d, BLOCK_N=block_n, Q_BLOCK=block_mask.q_block_size, KV_BLOCK=block_mask.kv_block_size,
+            STAGES=num_stages(block_n, block_d), RAGGED_KV=seq_len_kv % block_n != 0, STORE_LSE=return_lse,
+            CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS,
+            num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out, lse
+
+
+def reads_in_place(*tensors: Tensor) -> bool:
+    """Whether TMA can read all of them; one element expanded to a shape stands for a tensor with ordinary strides."""
+    return all(_tma_can_read(x) or x.untyped_storage().nbytes() == x.element_size() for x in tensors)
+
+
+def num_stages(block_n: int, block_d: int) -> int:
+    """Tiles in flight: 64 KB of keys and as much of values, beside 32 KB each of queries and of output."""
+    return 64 * 1024 // (2 * block_n * block_d)
+
+
+def unsupported(query: Tensor, key: Tensor, block_mask: BlockMask) -> str | None:
+    """Why this kernel cannot do a case, as the end of a sentence that starts with its name; None if it can."""
+    if query.device.type != "cuda" or torch.version.hip is not None:
+        return "needs a CUDA GPU"
+    if torch.cuda.get_device_capability(query.device) != (9, 0):
+        return "needs a GPU of compute capability 9.0 (H100, H200)"
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return f"computes in bf16 and fp16, not {query.dtype}"
+    if not 32 < query.shape[3] <= 128:
+        return f"supports head_dim from 33 to 128, got {query.shape[3]}"
+    if block_mask.q_block_size % BLOCK_M:
+        return f"needs a q_block_size that is a multiple of {BLOCK_M}, got {block_mask.q_block_size}"
+    if block_mask.kv_block_size % 64:
+        return f"needs a kv_block_size that is a multiple of 64, got {block_mask.kv_block_size}"
+    if query.shape[3] % 8:
+        return f"needs a head_dim that is a multiple of 8, got {query.shape[3]}"
+    if query.numel() == 0 or key.numel() == 0:
+        return "needs at least one token"
+    return None
+
+
+def _descriptor(x: Tensor, block: int, block_d: int) -> TensorDescriptor:
+    """Descriptor of `[batch, seq_len, num_heads, head_dim]` in the order batch, head, token, dim, tokens in tiles."""
+    batch, seq_len, num_heads, head_dim = x.shape
+    strides = [x.stride(d) if x.shape[d] > 1 else head_dim for d in (0, 2, 1)]
+    element = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for([1, 1, block, block_d], element)
+    return TensorDescriptor(x, [batch, num_heads, seq_len, head_dim], [*strides, 1], [1, 1, block, block_d], layout)

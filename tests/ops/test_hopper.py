@@ -1,0 +1,159 @@
+"""The Hopper kernel: compiled without a GPU here, checked on one there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from vidsparse_kernels import UnsupportedBackendError, block_sparse_attention, select_backend
+from vidsparse_kernels.testing import assert_close_to_oracle, make_block_mask, make_qkv, masked_attention_oracle
+
+SOURCE_ROOT = Path(__file__).parents[2] / "kernels" / "torch-ext"
+
+COMPILED = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from vidsparse_kernels.block_sparse_attention import hopper
+
+head_dim, block_n = (int(x) for x in sys.argv[1:])
+kernel = hopper.block_sparse_forward_hopper_kernel
+stages = hopper.num_stages(block_n, head_dim)
+constants = dict(
+    BLOCK_D=head_dim, BLOCK_N=block_n, Q_BLOCK=128, KV_BLOCK=block_n, STAGES=stages, RAGGED_KV=True, STORE_LSE=True,
+    CONSUMER_REGISTERS=hopper.CONSUMER_REGISTERS, PRODUCER_REGISTERS=hopper.PRODUCER_REGISTERS)
+rows = dict(query=64, key=block_n, value=block_n, out=64)
+others = dict(lse_ptr="*fp32", counts_ptr="*i32", indices_ptr="*i32", qk_scale_log2="fp32")
+signature = {}
+for name in kernel.arg_names:
+    if name in constants:
+        signature[name] = "constexpr"
+    elif name in rows:
+        layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows[name], head_dim], gl.bfloat16)
+        signature[name] = f"tensordesc<bf16[1, 1, {rows[name]}, {head_dim}],{layout!r}>"
+    else:
+        signature[name] = others.get(name, "i32")
+source = GluonASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, {})
+compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4, enable_fp_fusion=True))
+ptx = compiled.asm["ptx"]
+assert compiled.metadata.shared <= 227 * 1024, compiled.metadata.shared
+for word in ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg", "mbarrier.try_wait"):
+    assert word in ptx, word
+print("compiled")
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")
+@pytest.mark.parametrize(("head_dim", "block_n"), [(128, 128), (128, 64), (64, 128), (64, 64)])
+def test_compiles_without_a_gpu(head_dim, block_n, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILED, str(head_dim), str(block_n)],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(SOURCE_ROOT),
+            "TRITON_CACHE_DIR": str(tmp_path),
+            "TRITON_INTERPRET": "0",
+        },
+    )
+    assert result.returncode == 0, result.stderr[:3000]
+    assert result.stdout.strip() == "compiled"
+
+
+def test_refused_without_a_gpu():
+    q, k, v = make_qkv(seq_len_q=128)
+    mask = make_block_mask(seq_len_q=128, q_block_size=128, kv_block_size=128)
+    with pytest.raises(UnsupportedBackendError, match='backend "hopper" needs a CUDA GPU'):
+        block_sparse_attention(q, k, v, mask, backend="hopper")
+
+
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a GPU of compute capability 9.0",
+)
+
+
+def check(q, k, v, mask):
+    truth, truth_lse = masked_attention_oracle(q, k, v, mask)
+    eager, eager_lse = masked_attention_oracle(q, k, v, mask, dtype=q.dtype)
+    out, lse = block_sparse_attention(q, k, v, mask, return_lse=True, backend="hopper")
+    assert_close_to_oracle(out, eager, truth)
+    assert_close_to_oracle(lse, eager_lse, truth_lse, name="lse")
+    assert torch.equal(block_sparse_attention(q, k, v, mask, backend="hopper"), out)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("blocks", [(128, 128), (128, 64), (256, 64), (128, 256), (256, 192)], ids=str)
+@pytest.mark.parametrize("head_dim", [40, 64, 72, 96, 128])
+def test_shapes(head_dim, blocks):
+    dtype = torch.float16 if head_dim == 72 else torch.bfloat16
+    for number, (seq_len_q, seq_len_kv, num_heads, num_kv_heads, batch) in enumerate(
+        [(1, 1, 1, 1, 1), (63, 111, 2, 2, 2), (640, 1280, 6, 2, 2), (1000, 77, 3, 1, 1), (4097, 2016, 4, 2, 1)]
+    ):
+        q, k, v = make_qkv(
+            batch=batch, seq_len_q=seq_len_q, seq_len_kv=seq_len_kv, num_heads=num_heads, num_kv_heads=num_kv_heads,
+            head_dim=head_dim, dtype=dtype, device="cuda", contiguous=number % 2 == 0, seed=number,
+        )  # fmt: skip
+        mask = make_block_mask(
+            seq_len_q=seq_len_q, seq_len_kv=seq_len_kv, q_block_size=blocks[0], kv_block_size=blocks[1],
+            batch=batch if number % 2 else 1, num_heads=num_heads if number > 1 else 1,
+            empty_rows=number > 1, full_rows=True, device="cuda", seed=number,
+        )  # fmt: skip
+        check(q, k, v, mask)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_more_q_tiles_than_multiprocessors():
+    """Every program then takes several, of very different lengths."""
+    q, k, v = make_qkv(seq_len_q=30_000, seq_len_kv=1500, num_heads=2, dtype=torch.bfloat16, device="cuda")
+    mask = make_block_mask(
+        seq_len_q=30_000, seq_len_kv=1500, q_block_size=128, kv_block_size=128, num_heads=2, density=0.3,
+        empty_rows=True, full_rows=True, device="cuda",
+    )  # fmt: skip
+    check(q, k, v, mask)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_gradients_go_through_the_portable_backward():
+    q, k, v = (x.requires_grad_() for x in make_qkv(seq_len_q=700, dtype=torch.bfloat16, device="cuda"))
+    mask = make_block_mask(seq_len_q=700, q_block_size=128, kv_block_size=128, empty_rows=True, device="cuda")
+    out, lse = block_sparse_attention(q, k, v, mask, return_lse=True, backend="hopper")
+    grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
+    seen = lse != -torch.inf
+
+    def gradients(out, lse):
+        return torch.autograd.grad(
+            (out * grad_out.to(out.dtype)).sum() + (lse * grad_lse.to(lse.dtype))[seen].sum(), (q, k, v)
+        )
+
+    actual = gradients(out, lse)
+    truth = gradients(*masked_attention_oracle(q, k, v, mask))
+    eager = gradients(*masked_attention_oracle(q, k, v, mask, dtype=q.dtype))
+    for name, a, e, t in zip("qkv", actual, eager, truth, strict=True):
+        assert_close_to_oracle(a, e, t, name=name)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_auto_takes_it_where_the_work_is_large():
+    q, k, v = make_qkv(seq_len_q=32_760, num_heads=2, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    mask = make_block_mask(seq_len_q=32_760, q_block_size=128, kv_block_size=128, density=0.1, device="cuda")
+    assert select_backend(q, k, v, mask) == ("hopper", "inference on a Hopper GPU")
+    bias = torch.zeros(1, 1, 32_760, device="cuda")
+    assert select_backend(q, k, v, mask, key_bias=bias)[0] == "triton"
+    small = make_block_mask(seq_len_q=32_760, q_block_size=64, kv_block_size=64, density=0.1, device="cuda")
+    assert select_backend(q, k, v, small)[0] == "triton"
+    with pytest.raises(UnsupportedBackendError, match="q_block_size that is a multiple of 128, got 64"):
+        block_sparse_attention(q, k, v, small, backend="hopper")
