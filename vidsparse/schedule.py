@@ -11,11 +11,11 @@ from vidsparse.errors import ConfigError
 MIN_TOKENS: Mapping[str, int] = MappingProxyType({"cuda": 8192, "cpu": 0})
 """Default of `Schedule.min_tokens` by device type; 0 for any other, where nothing was measured.
 
-cuda: on an H200 (bf16, kernel alone), 5,040 tokens take 0.107 ms dense and 0.096 or 0.130 ms at density 0.46 or 0.20,
-    and 32,760 tokens gain 1.6 or 3.6 times (`benchmarks/results/*-h200-block-sparse.json`). The number lies between
-    the two lengths and was not measured itself, nor was any GPU but that one.
-cpu: not measured by length, so nothing is held back; what sparse gains there depends on density and block size
-    (`kernels/CARD.md`).
+cuda: on an H200 (bf16, kernel alone), 8,192 tokens of 12 heads run 3 times as fast at density 0.2
+    (`benchmarks/results/2026-11-23-h200-block-sparse.json`), and 5,040 tokens of 4 heads gain nothing. Where between
+    the two the gain begins was not measured, nor was any GPU but that one.
+cpu: what sparse attention gains there depends on density and block size more than on length, so each mask is judged by
+    itself (`SparseProcessor.slow_reason`).
 """
 
 ASSUMED_WARMUP_STEPS = 12

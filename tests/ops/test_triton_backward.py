@@ -173,7 +173,7 @@ block_d = padded_head_dim(head_dim)
 
 def compiled(kernel, constants, tiles, options):
     pointers = dict(
-        lse_ptr="*fp32", delta_ptr="*fp32", grad_lse_ptr="*fp32", lse_log2_ptr="*fp32", bias_ptr="*fp32",
+        lse_ptr="*fp32", delta_ptr="*fp32", inverse_ptr="*fp32", grad_lse_ptr="*fp32", lse_log2_ptr="*fp32", bias_ptr="*fp32",
         counts_ptr="*i32", indices_ptr="*i32", own_blocks_ptr="*i32", own_tiles_ptr="*i32", scale="fp32",
         qk_scale_log2="fp32", out="*bf16", grad_out="*bf16", grad_query="*bf16", grad_key="*bf16",
         grad_value="*bf16")
@@ -196,7 +196,7 @@ for kernel, tiles, ragged in (
     constants = dict(
         units, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, Q_BLOCK=128,
         KV_BLOCK=128, GROUP_SIZE=1, HAS_BIAS=False, DESCRIPTORS=tiles.descriptors,
-        VARIABLE=bool(variable), PRECISION="ieee")
+        VARIABLE=bool(variable), REFINE=False, PRECISION="ieee")
     constants[ragged] = not variable and (ragged == "RAGGED_KV" or not tiles.descriptors)
     if ragged == "RAGGED_Q":
         constants["MEMBERS"] = 1

@@ -28,6 +28,7 @@ from vidsparse_kernels.testing import (
     assert_close_to_oracle, make_qkv, make_variable_block_mask, masked_attention_oracle)
 
 torch.set_num_threads(1)
+torch.manual_seed(int(sys.argv[4]) if len(sys.argv) > 4 else 0)
 # What a GPU allocates, with programs that have nothing to do.
 tiles_module._capacity = lambda ends, *shape: tiles_module._most_tiles(*shape)
 real_empty = torch.empty

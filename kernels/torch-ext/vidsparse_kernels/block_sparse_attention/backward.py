@@ -86,12 +86,15 @@ def block_sparse_backward_rows_kernel(
 
 @triton.jit
 def _add_grad_query(
-    acc, q, grad_o, lse, delta, key, value, bias_ptr, batch, kv_head, start_n, end_n, qk_scale_log2,
+    acc, mass, q, grad_o, lse, delta, key, value, bias_ptr, batch, kv_head, start_n, end_n, qk_scale_log2,
     key_stride_s, key_stride_d, value_stride_s, value_stride_d,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, RAGGED: tl.constexpr, REFINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add dS K of the keys start_n .. start_n + BLOCK_N, where RAGGED up to end_n, onto `acc`, still without the scale."""
+    """Add dS K of the keys start_n .. start_n + BLOCK_N, where RAGGED up to end_n, onto `acc`, still without the scale.
+
+    REFINE: add up the probabilities in `mass`.
+    """
     k = _load_tile(
         key, batch, kv_head, start_n, end_n, key_stride_s, key_stride_d,
         HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS, RAGGED,
@@ -116,12 +119,16 @@ def _add_grad_query(
         # Past the end the logits are 0 or those of other blocks, whose weight can overflow. Most tiles are whole.
         if end_n - start_n < BLOCK_N:
             grad_logits = tl.where((columns < end_n)[None, :], grad_logits, 0.0)
-    return tl.dot(grad_logits.to(k.dtype), k, acc, input_precision=PRECISION)
+            if REFINE:
+                weights = tl.where((columns < end_n)[None, :], weights, 0.0)
+    if REFINE:
+        mass += tl.sum(weights, 1)
+    return tl.dot(grad_logits.to(k.dtype), k, acc, input_precision=PRECISION), mass
 
 
 @triton.jit(do_not_specialize=[*SHAPE_INTEGERS, "indices_stride_m", "num_q_tiles"])
 def block_sparse_backward_query_kernel(
-    query, key, value, grad_out, grad_query, lse_ptr, delta_ptr, counts_ptr, indices_ptr, bias_ptr,
+    query, key, value, grad_out, grad_query, lse_ptr, delta_ptr, inverse_ptr, counts_ptr, indices_ptr, bias_ptr,
     own_blocks_ptr, own_tiles_ptr,
     query_stride_b, query_stride_s, query_stride_h, query_stride_d,
     key_stride_b, key_stride_s, key_stride_h, key_stride_d,
@@ -133,11 +140,14 @@ def block_sparse_backward_query_kernel(
     num_heads, seq_len_q, seq_len_kv, num_rows, num_q_tiles, scale, qk_scale_log2,
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, RAGGED_KV: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DESCRIPTORS: tl.constexpr, VARIABLE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DESCRIPTORS: tl.constexpr, VARIABLE: tl.constexpr, REFINE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of BLOCK_M queries of one head over their listed kv-blocks.
 
-    query, key, value, grad_out are pointers or descriptors; lse (base 2) and delta are `[batch, heads, num_rows]`.
+    query, key, value, grad_out are pointers or descriptors; lse (base 2), delta and inverse are
+    `[batch, heads, num_rows]`. REFINE: what a row's probabilities miss of 1, because the LSE was rounded, is made good
+    and kept as its inverse for the other kernel.
     VARIABLE: own_blocks and own_tiles are the tiles of queries, counts and indices the lists of tiles of keys, packed
     as in `tiles`.
     """
@@ -191,6 +201,7 @@ def block_sparse_backward_query_kernel(
         lse = tl.load(lse_ptr + rows)
         delta = tl.load(delta_ptr + rows)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    mass = tl.zeros([BLOCK_M], tl.float32)
 
     TILES: tl.constexpr = 1 if VARIABLE else KV_BLOCK // BLOCK_N  # pyright: ignore[reportAssignmentType]
     num_tiles = count * TILES
@@ -215,20 +226,24 @@ def block_sparse_backward_query_kernel(
         else:
             start_n = entry * KV_BLOCK + (tile % TILES) * BLOCK_N
             end_n = seq_len_kv
-        acc = _add_grad_query(
-            acc, q, grad_o, lse, delta, key, value, bias_ptr, batch, kv_head, start_n, end_n, qk_scale_log2,
+        acc, mass = _add_grad_query(
+            acc, mass, q, grad_o, lse, delta, key, value, bias_ptr, batch, kv_head, start_n, end_n, qk_scale_log2,
             key_stride_s, key_stride_d, value_stride_s, value_stride_d,
-            HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, VARIABLE, PRECISION,
+            HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, VARIABLE, REFINE, PRECISION,
         )  # fmt: skip
     if RAGGED_KV and not VARIABLE:
         if num_whole < num_tiles:
             start_n = last * KV_BLOCK + (num_whole % TILES) * BLOCK_N
-            acc = _add_grad_query(
-                acc, q, grad_o, lse, delta, key, value, bias_ptr, batch, kv_head, start_n, seq_len_kv, qk_scale_log2,
+            acc, mass = _add_grad_query(
+                acc, mass, q, grad_o, lse, delta, key, value, bias_ptr, batch, kv_head, start_n, seq_len_kv, qk_scale_log2,
                 key_stride_s, key_stride_d, value_stride_s, value_stride_d,
-                HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, True, PRECISION,  # pyright: ignore[reportArgumentType]
+                HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, True, REFINE, PRECISION,  # pyright: ignore[reportArgumentType]
             )  # fmt: skip
 
+    if REFINE:
+        inverse = tl.where(mass > 0.0, 1.0 / mass, 0.0)
+        acc *= inverse[:, None]
+        tl.store(inverse_ptr + rows, inverse, mask=tokens < end_m)
     dims = tl.arange(0, BLOCK_D)
     grad_query += wide_batch * grad_query_stride_b + wide_head * grad_query_stride_h
     pointers = grad_query + tokens.to(tl.int64)[:, None] * grad_query_stride_s + dims[None, :]
@@ -238,10 +253,11 @@ def block_sparse_backward_query_kernel(
 
 @triton.jit
 def _add_grad_key_value(
-    acc_k, acc_v, k, v, bias, query, grad_out, lse_ptr, delta_ptr, batch, head, start_m, end_m, qk_scale_log2,
-    query_stride_s, query_stride_d, grad_out_stride_s, grad_out_stride_d,
+    acc_k, acc_v, k, v, bias, query, grad_out, lse_ptr, delta_ptr, inverse_ptr, batch, head, start_m, end_m,
+    qk_scale_log2, query_stride_s, query_stride_d, grad_out_stride_s, grad_out_stride_d,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, RAGGED: tl.constexpr, VARIABLE: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, RAGGED: tl.constexpr, VARIABLE: tl.constexpr, REFINE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add P^T dO and dS^T Q of the queries start_m .. start_m + BLOCK_M, where RAGGED up to end_m, onto the sums.
 
@@ -273,6 +289,8 @@ def _add_grad_key_value(
     else:
         # Scaling inside the exponent lets the compiler fuse multiply and subtract.
         weights = tl.exp2(logits * qk_scale_log2 - lse[None, :])
+    if REFINE:
+        weights *= tl.load(inverse_ptr + rows, mask=rows < end_m, other=0.0)[None, :]
     acc_v = tl.dot(weights.to(grad_o.dtype), grad_o, acc_v, input_precision=PRECISION)
     grad_logits = weights * (grad_weights - delta[None, :])
     acc_k = tl.dot(grad_logits.to(q.dtype), q, acc_k, input_precision=PRECISION)
@@ -281,8 +299,8 @@ def _add_grad_key_value(
 
 @triton.jit(do_not_specialize=[*SHAPE_INTEGERS, "indices_stride_n", "num_kv_tiles"])
 def block_sparse_backward_key_value_kernel(
-    query, key, value, grad_out, grad_key, grad_value, lse_ptr, delta_ptr, counts_ptr, indices_ptr, bias_ptr,
-    own_blocks_ptr, own_tiles_ptr,
+    query, key, value, grad_out, grad_key, grad_value, lse_ptr, delta_ptr, inverse_ptr, counts_ptr, indices_ptr,
+    bias_ptr, own_blocks_ptr, own_tiles_ptr,
     query_stride_b, query_stride_s, query_stride_h, query_stride_d,
     key_stride_b, key_stride_s, key_stride_h, key_stride_d,
     value_stride_b, value_stride_s, value_stride_h, value_stride_d,
@@ -294,12 +312,12 @@ def block_sparse_backward_key_value_kernel(
     GROUP_SIZE: tl.constexpr, MEMBERS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr,
     RAGGED_Q: tl.constexpr, HAS_BIAS: tl.constexpr, DESCRIPTORS: tl.constexpr, VARIABLE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    REFINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BLOCK_N keys and values of one kv head, over the q-blocks that list them in each head of its group.
 
-    query, key, value, grad_out are pointers or descriptors; lse (base 2) and delta are `[batch, heads, num_rows]`;
-    grad_key and grad_value share their strides. MEMBERS is GROUP_SIZE, or 1: then each query head gets gradients of its
+    query, key, value, grad_out are pointers or descriptors; lse (base 2), delta and, where REFINE, inverse are
+    `[batch, heads, num_rows]`; grad_key and grad_value share their strides. MEMBERS is GROUP_SIZE, or 1: then each query head gets gradients of its
     own. VARIABLE: own_blocks and own_tiles are the tiles of keys, counts and indices the lists of tiles of queries,
     packed as in `tiles`.
     """
@@ -387,18 +405,18 @@ def block_sparse_backward_key_value_kernel(
                 end_m = seq_len_q
             acc_k, acc_v = _add_grad_key_value(
                 acc_k, acc_v, k, v, bias, queries, grads, lse_ptr + row_start, delta_ptr + row_start,
-                batch, head, start_m, end_m, qk_scale_log2,
+                inverse_ptr + row_start, batch, head, start_m, end_m, qk_scale_log2,
                 query_stride_s, query_stride_d, grad_out_stride_s, grad_out_stride_d,
-                HEAD_DIM, BLOCK_M, BLOCK_D, HAS_BIAS, DESCRIPTORS, VARIABLE, VARIABLE, PRECISION,
+                HEAD_DIM, BLOCK_M, BLOCK_D, HAS_BIAS, DESCRIPTORS, VARIABLE, VARIABLE, REFINE, PRECISION,
             )  # fmt: skip
         if RAGGED_Q and not VARIABLE:
             if num_whole < num_tiles:
                 start_m = last * Q_BLOCK + (num_whole % TILES) * BLOCK_M
                 acc_k, acc_v = _add_grad_key_value(
                     acc_k, acc_v, k, v, bias, queries, grads, lse_ptr + row_start, delta_ptr + row_start,
-                    batch, head, start_m, seq_len_q, qk_scale_log2,
+                    inverse_ptr + row_start, batch, head, start_m, seq_len_q, qk_scale_log2,
                     query_stride_s, query_stride_d, grad_out_stride_s, grad_out_stride_d,
-                    HEAD_DIM, BLOCK_M, BLOCK_D, HAS_BIAS, DESCRIPTORS, True, False, PRECISION,  # pyright: ignore[reportArgumentType]
+                    HEAD_DIM, BLOCK_M, BLOCK_D, HAS_BIAS, DESCRIPTORS, True, False, REFINE, PRECISION,  # pyright: ignore[reportArgumentType]
                 )  # fmt: skip
 
     dims = tl.arange(0, BLOCK_D)
@@ -457,7 +475,8 @@ def triton_backward(
         bias = key_bias if key_bias.stride(-1) == 1 else key_bias.contiguous()
     block_d = padded_head_dim(head_dim)
     num_rows = -(-seq_len_q // 16) * 16 if variable else block_mask.num_q_blocks * block_mask.q_block_size
-    lse_log2, delta = torch.empty(2, batch, num_heads, num_rows, dtype=torch.float32, device=query.device).unbind()
+    per_row = torch.empty(3, batch, num_heads, num_rows, dtype=torch.float32, device=query.device)
+    lse_log2, delta, inverse = per_row.unbind()
 
     def launch(kernel: Any, tiles: BackwardTiles, *grads: Tensor) -> None:
         transposed = kernel is block_sparse_backward_key_value_kernel
@@ -486,7 +505,7 @@ def triton_backward(
         else:
             special = {"RAGGED_KV": seq_len_kv % tiles.block_n != 0 and not variable}
         kernel[(num_tiles * grads[0].shape[2] * batch,)](
-            *arrays, *grads, lse_log2, delta, counts, indices, bias if bias is not None else lse_log2,
+            *arrays, *grads, lse_log2, delta, inverse, counts, indices, bias if bias is not None else lse_log2,
             own_blocks, own,
             *query.stride(), *key.stride(), *value.stride(), *grad_out.stride(), *grads[0].stride()[:3],
             *_broadcast_strides(counts, 2), *_broadcast_strides(indices, 2), indices.stride(2),
@@ -495,7 +514,8 @@ def triton_backward(
             GROUP_SIZE=group_size, HEAD_DIM=head_dim, BLOCK_D=block_d,
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
             Q_BLOCK=block_mask.q_block_size, KV_BLOCK=block_mask.kv_block_size,
-            HAS_BIAS=bias is not None, DESCRIPTORS=tiles.descriptors, VARIABLE=variable, PRECISION="ieee", **special,
+            HAS_BIAS=bias is not None, DESCRIPTORS=tiles.descriptors, VARIABLE=variable,
+            REFINE=query.dtype == torch.float32, PRECISION="ieee", **special,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -506,8 +526,9 @@ def triton_backward(
             *grad_out.stride(), *out.stride(), num_heads, seq_len_q, num_rows,
             HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK=ROWS_BLOCK, HAS_GRAD_LSE=grad_lse is not None, num_warps=4,
         )  # fmt: skip
-        launch(block_sparse_backward_key_value_kernel, config.grad_key_value, grad_key, grad_value)
+        # In this order: in fp32 the first finds what rounding the LSE did to each row, and the second uses it.
         launch(block_sparse_backward_query_kernel, config.grad_query, grad_query)
+        launch(block_sparse_backward_key_value_kernel, config.grad_key_value, grad_key, grad_value)
     if members != group_size:
         grad_key, grad_value = (
             x.unflatten(2, (num_kv_heads, group_size)).sum(3).to(key.dtype) for x in (grad_key, grad_value)

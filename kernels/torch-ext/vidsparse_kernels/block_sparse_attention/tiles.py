@@ -117,7 +117,8 @@ def _cut_runs(counts: Tensor, indices: Tensor, offsets: Tensor, seq_len: int, ti
     before = -((run_start - start) // tile_size)
     number = -((run_start - stop) // tile_size) - before
     ends = number.cumsum(-1, dtype=torch.int32)
-    totals = ends[..., -1]
+    # Its own memory, so that kernels always see the same alignment.
+    totals = ends[..., -1].clone()
     # Listed blocks without an unlisted one between them are one run.
     capacity = _capacity(ends, seq_len, min(max_blocks, offsets.shape[-1] // 2), tile_size)
     slot = torch.arange(capacity, dtype=torch.int32, device=indices.device).expand(*ends.shape[:-1], -1)
