@@ -116,6 +116,9 @@ def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, Te
         values = blocks.gathered(blocks.value, start, stop, width)
         grad_o = grad_out_blocks[:, :, start:stop]
         weights = torch.exp(scores - lse_blocks[:, :, start:stop])
+        # The LSE was rounded, which tilts a whole row: it has to add up to 1.
+        mass = weights.sum(-1, keepdim=True)
+        weights = weights / torch.where(mass == 0, 1.0, mass)
         grad_scores = weights * (grad_o @ values.transpose(-1, -2) + shift_blocks[:, :, start:stop]) * scale
         grad_query[:, :, start:stop] = grad_scores @ keys
         q = blocks.query[:, :, start:stop]
