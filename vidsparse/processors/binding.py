@@ -166,6 +166,11 @@ class Binding:
         vars(model).pop(BINDING, None)
 
     def before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Decide for each layer of this forward whether it is sparse and why not, and hand it its context.
+
+        Raises:
+            DenseFallbackError: under `strict`, a layer would run dense, or on a slow backend, without being asked to.
+        """
         arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
         processor, run = self.processor, self.run
         if self.family.hidden_states not in arguments:

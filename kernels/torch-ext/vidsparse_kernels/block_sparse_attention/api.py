@@ -94,8 +94,8 @@ def block_sparse_attention(
     Returns:
         Output with the shape and dtype of `query`; with `return_lse` also the natural-log LSE
         `[batch, num_heads, seq_len_q]` in fp32 (fp64 for fp64 inputs). Rows without any block give 0 and -inf.
-        With the backends "reference", "triton" and "hopper" both are differentiable, once, in query, key and value. Autocast
-        changes nothing: cast the inputs before.
+        With the backends "reference", "triton" and "hopper" both are differentiable, once, in query, key and value.
+        Autocast changes nothing: cast the inputs before.
 
     Raises:
         ValueError: a shape, dtype, device or value does not fit; the message names it.

@@ -479,6 +479,7 @@ def triton_backward(
     lse_log2, delta, inverse = per_row.unbind()
 
     def launch(kernel: Any, tiles: BackwardTiles, *grads: Tensor) -> None:
+        """One of the two kernels, over the lists that it walks; it writes `grads`."""
         transposed = kernel is block_sparse_backward_key_value_kernel
         own_length, own_size, other_size = (
             (seq_len_kv, tiles.block_n, tiles.block_m) if transposed else (seq_len_q, tiles.block_m, tiles.block_n)
