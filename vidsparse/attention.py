@@ -15,6 +15,7 @@ def sparse_attention(
     value: torch.Tensor,
     context: AttentionContext | BlockMask,
     *,
+    key_bias: torch.Tensor | None = None,
     scale: float | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
@@ -23,6 +24,8 @@ def sparse_attention(
     Args:
         query, key, value: `[batch, seq_len, num_heads, head_dim]`, any strides, one dtype.
         context: from a bound processor, or a BlockMask.
+        key_bias: fp32 `[batch | 1, num_heads | 1, seq_len]` added to the logits, -inf for keys that nobody may see
+            (padding of a prompt); not differentiated.
         scale: factor on query . key, default 1 / sqrt(head_dim).
         backend: a backend of `vidsparse_kernels.block_sparse_attention`, default what the context says, else "auto".
 
@@ -43,7 +46,8 @@ def sparse_attention(
     if isinstance(context, BlockMask):
         block_mask, backend = context, backend or "auto"
     elif isinstance(context, AttentionContext):
-        block_mask, backend = context.block_mask, backend or context.backend
+        block_mask = context.block_mask
+        backend = backend or (context.backend if key_bias is None else context.bias_backend)
     else:
         raise ConfigError(f"`context` must be a BlockMask or an AttentionContext, got {type(context).__name__}.")
     if block_mask is None:
@@ -55,9 +59,11 @@ def sparse_attention(
     if torch.compiler.is_compiling():
         from vidsparse.ops import block_sparse_attention_op
 
-        return block_sparse_attention_op(query, key, value, block_mask, scale=scale, backend=backend)
+        return block_sparse_attention_op(
+            query, key, value, block_mask, key_bias=key_bias, scale=scale, backend=backend
+        )
     if block_mask.device != query.device:
         block_mask = block_mask.to(query.device)
-    out = block_sparse_attention(query, key, value, block_mask, scale=scale, backend=backend)
+    out = block_sparse_attention(query, key, value, block_mask, key_bias=key_bias, scale=scale, backend=backend)
     assert isinstance(out, torch.Tensor)
     return out

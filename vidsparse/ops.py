@@ -26,6 +26,7 @@ def block_sparse_attention_op(
     block_mask: BlockMask,
     *,
     scale: float | None = None,
+    key_bias: Tensor | None = None,
     return_lse: Literal[False] = False,
     backend: str = "auto",
 ) -> Tensor: ...
@@ -39,6 +40,7 @@ def block_sparse_attention_op(
     block_mask: BlockMask,
     *,
     scale: float | None = None,
+    key_bias: Tensor | None = None,
     return_lse: Literal[True],
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
@@ -51,6 +53,7 @@ def block_sparse_attention_op(
     block_mask: BlockMask,
     *,
     scale: float | None = None,
+    key_bias: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -60,6 +63,7 @@ def block_sparse_attention_op(
         query, key, value: `[batch, seq_len, num_heads, head_dim]`.
         block_mask: on the device of `query`.
         scale: factor on query . key, default 1 / sqrt(head_dim).
+        key_bias: fp32 `[batch | 1, num_heads | 1, seq_len]` added to the logits, not differentiated.
         return_lse: also return the logsumexp of the logits.
         backend: as in `vidsparse_kernels.block_sparse_attention`.
 
@@ -79,6 +83,7 @@ def block_sparse_attention_op(
         block_mask.kv_indices,
         block_mask.q_offsets,
         block_mask.kv_offsets,
+        key_bias,
         block_mask.q_block_size,
         block_mask.kv_block_size,
         scale,
@@ -97,6 +102,7 @@ def _attention(
     kv_indices: Tensor,
     q_offsets: Tensor | None,
     kv_offsets: Tensor | None,
+    key_bias: Tensor | None,
     q_block_size: int,
     kv_block_size: int,
     scale: float,
@@ -107,10 +113,17 @@ def _attention(
     mask = _mask(query, key, kv_num_blocks, kv_indices, q_offsets, kv_offsets, q_block_size, kv_block_size)
     if with_lse:
         out, lse = block_sparse_attention(
-            query, key, value, mask, scale=scale, return_lse=True, backend=_with_lse(backend, query, key, value, mask)
+            query,
+            key,
+            value,
+            mask,
+            scale=scale,
+            key_bias=key_bias,
+            return_lse=True,
+            backend=_with_lse(backend, query, key, value, mask, key_bias),
         )
         return out.contiguous(), lse.contiguous()
-    out = block_sparse_attention(query, key, value, mask, scale=scale, backend=backend)
+    out = block_sparse_attention(query, key, value, mask, scale=scale, key_bias=key_bias, backend=backend)
     return out.contiguous(), query.new_empty(0, dtype=torch.float32)
 
 
@@ -123,6 +136,7 @@ def _attention_fake(
     kv_indices: Tensor,
     q_offsets: Tensor | None,
     kv_offsets: Tensor | None,
+    key_bias: Tensor | None,
     q_block_size: int,
     kv_block_size: int,
     scale: float,
@@ -148,22 +162,25 @@ def _attention_backward(
     kv_indices: Tensor,
     q_offsets: Tensor | None,
     kv_offsets: Tensor | None,
+    key_bias: Tensor | None,
     q_block_size: int,
     kv_block_size: int,
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     mask = _mask(query, key, kv_num_blocks, kv_indices, q_offsets, kv_offsets, q_block_size, kv_block_size)
-    backend = _with_lse(backend, query, key, value, mask)
+    backend = _with_lse(backend, query, key, value, mask, key_bias)
     if backend in ("triton", "hopper"):
         from vidsparse_kernels.block_sparse_attention.backward import triton_backward
 
-        return triton_backward(grad_out, grad_lse, query, key, value, out, lse, mask, scale=scale, key_bias=None)
+        return triton_backward(grad_out, grad_lse, query, key, value, out, lse, mask, scale=scale, key_bias=key_bias)
     # Operators run below autograd; the backend's own backward needs it for this one recomputation.
     exclusion: Any = torch._C._SetExcludeDispatchKeyGuard
     with exclusion(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
         q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
-        outputs = block_sparse_attention(q, k, v, mask, scale=scale, return_lse=True, backend=backend)
+        outputs = block_sparse_attention(
+            q, k, v, mask, scale=scale, key_bias=key_bias, return_lse=True, backend=backend
+        )
         grads = torch.autograd.grad(outputs, (q, k, v), (grad_out, grad_lse))
     return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
 
@@ -181,6 +198,7 @@ def _attention_backward_fake(
     kv_indices: Tensor,
     q_offsets: Tensor | None,
     kv_offsets: Tensor | None,
+    key_bias: Tensor | None,
     q_block_size: int,
     kv_block_size: int,
     scale: float,
@@ -192,22 +210,24 @@ def _attention_backward_fake(
 def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, *lists_and_sizes, with_lse = inputs
     assert with_lse or not any(x.requires_grad for x in (query, key, value))
-    ctx.save_for_backward(query, key, value, *output, *lists_and_sizes[:4])
-    ctx.sizes = lists_and_sizes[4:]
+    ctx.save_for_backward(query, key, value, *output, *lists_and_sizes[:5])
+    ctx.sizes = lists_and_sizes[5:]
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     grads = _attention_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.sizes)
-    return (*grads, *(None,) * 9)
+    return (*grads, *(None,) * 10)
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _with_lse(backend: str, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> str:
+def _with_lse(
+    backend: str, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, key_bias: Tensor | None
+) -> str:
     """The backend that runs forward and backward where the LSE is kept for a backward."""
     if backend == "auto":
-        return select_backend(query, key, value, mask, return_lse=True, requires_grad=True)[0]
+        return select_backend(query, key, value, mask, key_bias=key_bias, return_lse=True, requires_grad=True)[0]
     return backend
 
 

@@ -26,8 +26,8 @@ def inputs(**changes):
     return make_qkv(seq_len_q=111, head_dim=16, **changes)
 
 
-def arguments(q, k, v, *, with_lse, mask=MASK):
-    lists = (mask.kv_num_blocks, mask.kv_indices, mask.q_offsets, mask.kv_offsets)
+def arguments(q, k, v, *, with_lse, mask=MASK, key_bias=None):
+    lists = (mask.kv_num_blocks, mask.kv_indices, mask.q_offsets, mask.kv_offsets, key_bias)
     return (q, k, v, *lists, mask.q_block_size, mask.kv_block_size, 0.25, "auto", with_lse)
 
 
@@ -38,6 +38,8 @@ def test_opcheck(contiguous, grad):
     torch.library.opcheck(ops._attention, arguments(q, k, v, with_lse=True))
     if not grad:
         torch.library.opcheck(ops._attention, arguments(q, k, v, with_lse=False))
+        bias = torch.zeros(1, 1, k.shape[1]).index_fill(2, torch.tensor([1, 40]), -torch.inf)
+        torch.library.opcheck(ops._attention, arguments(q, k, v, with_lse=False, key_bias=bias))
 
 
 @pytest.mark.parametrize("mask", [MASK, CLUSTERS], ids=["uniform", "offsets"])
@@ -48,9 +50,12 @@ def test_opcheck_of_the_backward(mask):
     torch.library.opcheck(ops._attention_backward, (q, torch.ones_like(lse), q, k, v, out, lse, *rest))
 
 
-def test_compiled_equals_eager_with_gradients():
+@pytest.mark.parametrize("biased", [False, True])
+def test_compiled_equals_eager_with_gradients(biased):
+    bias = torch.zeros(1, 1, 111).index_fill(2, torch.tensor([1, 40]), -torch.inf) if biased else None
+
     def loss(attention, tensors):
-        out = attention(*tensors, MASK)
+        out = attention(*tensors, MASK, key_bias=bias)
         return out, torch.autograd.grad((out * out.cos()).sum(), tensors)
 
     tensors = [x.requires_grad_() for x in inputs()]

@@ -11,14 +11,16 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from vidsparse.errors import DenseFallbackError, UnsupportedModelError
+from vidsparse.layout import TokenLayout
 from vidsparse.processors.base import SparseProcessor
 from vidsparse.processors.context import MAX_MASKS, AttentionContext, RunState
-from vidsparse.processors.families import Family, family_of
+from vidsparse.processors.families import Family, family_of, supported_models
 from vidsparse.report import Row
 from vidsparse.schedule import ASKED_FOR, METHOD_DENSE, UNKNOWN_STEP
 
@@ -32,6 +34,7 @@ def install() -> None:
 
     Runs when the first processor is made, and once.
     """
+    import diffusers
     from diffusers.models.attention import AttentionMixin
 
     original = AttentionMixin.set_attn_processor
@@ -51,6 +54,36 @@ def install() -> None:
 
     vars(set_attn_processor)["vidsparse_installed"] = True
     AttentionMixin.set_attn_processor = set_attn_processor
+    for name in supported_models():
+        # Transformers without the mixin get the method too; there is nothing of theirs to pass through to.
+        cls = getattr(diffusers, name, None)
+        if cls is not None and not hasattr(cls, "set_attn_processor"):
+            cls.set_attn_processor = _set_attn_processor
+
+
+def _set_attn_processor(self: Any, processor: Any) -> None:
+    """`set_attn_processor` for transformers that diffusers gives none.
+
+    Args:
+        processor: a vidsparse processor, to bind; or one processor for every attention module; or a dict of processors
+            by module path, each with the ending ".processor".
+
+    Raises:
+        ValueError: a dict does not name every attention module.
+    """
+    if isinstance(processor, SparseProcessor):
+        bind(processor, self)
+        return
+    binding = vars(self).get(BINDING)
+    if not (binding is not None and isinstance(processor, dict) and binding.owns_any(processor.values())):
+        unbind(self)
+    modules = {f"{name}.processor": module for name, module in self.named_modules() if hasattr(module, "processor")}
+    if isinstance(processor, dict) and processor.keys() != modules.keys():
+        raise ValueError(
+            f"A dict of processors must name each of the model's {len(modules)} attention modules, got {len(processor)}."
+        )
+    for name, module in modules.items():
+        _put(module, processor[name] if isinstance(processor, dict) else processor)
 
 
 def bind(processor: SparseProcessor, model: Any, *, run: RunState | None = None, label: str = "") -> Binding:
@@ -72,7 +105,7 @@ def bind(processor: SparseProcessor, model: Any, *, run: RunState | None = None,
     saved = {name: module.processor for name, module in _targets(model, family)}
     prefix = f"{label}." if label else ""
     layers = [
-        make_layer(original, index=index, name=prefix + name, strict=processor.strict)
+        make_layer(original, family, index=index, name=prefix + name, strict=processor.strict)
         for index, (name, original) in enumerate(saved.items())
     ]
     binding = Binding(processor, family, run or RunState(), layers, saved)
@@ -92,7 +125,9 @@ def check_model(model: Any) -> Family:
     family, binding = family_of(model), vars(model).get(BINDING)
     targets = _targets(model, family)
     if not targets:
-        raise UnsupportedModelError(f"{type(model).__name__} has no video self-attention that vidsparse could take.")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no softmax self-attention over its video or image that vidsparse could take."
+        )
     for name, module in targets:
         if binding is not None and binding.owns_any([module.processor]):
             continue
@@ -100,17 +135,25 @@ def check_model(model: Any) -> Family:
             raise UnsupportedModelError(
                 f"{name} holds a layer processor of another binding; set the family's own processors first."
             )
-        delegate_class(type(module.processor))
+        delegate_class(family.processor_class(type(module.processor)))
     return family
 
 
 def _targets(model: Any, family: Family) -> list[tuple[str, Any]]:
-    """Paths and modules of the video self-attention, in the order of the model."""
+    """Paths and modules of the self-attention over video or image tokens, in the order of the model."""
     return [
         (name, module)
         for name, module in model.named_modules()
-        if hasattr(module, "set_processor") and family.is_target(name, module)
+        if hasattr(module, "processor") and family.is_target(name, module)
     ]
+
+
+def _put(module: Any, processor: Any) -> None:
+    # Mochi's attention module has the attribute but not the method.
+    if hasattr(module, "set_processor"):
+        module.set_processor(processor)
+    else:
+        module.processor = processor
 
 
 def unbind(model: Any) -> None:
@@ -131,6 +174,7 @@ class Binding:
         self._handles: list[Any] = []
         self._parameters: tuple[str, ...] = ()
         self._rows: list[Row] = []
+        self._bias_backend: tuple[str, str | None] = ("dense", None)
 
     def owns_any(self, processors: Iterable[Any]) -> bool:
         """Whether one of these is a layer processor of this binding."""
@@ -138,7 +182,7 @@ class Binding:
 
     def attach(self, model: Any) -> None:
         for name, layer in zip(self.saved, self.layers, strict=True):
-            model.get_submodule(name).set_processor(layer)
+            _put(model.get_submodule(name), layer)
         self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._handles = [
             model.register_forward_pre_hook(_Before(self), with_kwargs=True),
@@ -157,8 +201,9 @@ class Binding:
                 for choice in ("_attention_backend", "_parallel_config"):
                     if hasattr(original, choice):
                         _carry(choice, layer, original)
-                module.set_processor(original)
+                _put(module, original)
             layer.context = None
+            layer.lengths.clear()
             layer.recent.clear()
         for handle in self._handles:
             handle.remove()
@@ -175,22 +220,28 @@ class Binding:
         processor, run = self.processor, self.run
         if self.family.hidden_states not in arguments:
             return  # The model's own error says what is missing.
-        hidden_states = arguments[self.family.hidden_states]
+        hidden_states = _first_tensor(arguments[self.family.hidden_states])
         grad = torch.is_grad_enabled()
         training = grad and model.training
         run.start_forward(arguments.get(self.family.timestep), training)
-        layout = processor.layout(self.family.grid(arguments, model.config))
+        layouts = self._layouts(arguments, model.config)
+        layout = layouts[0]
         device_type = hidden_states.device.type
         reasons = [self._dense_reason(layer, layout.seq_len, training, device_type) for layer in self.layers]
         if processor.strict:
             self._check_strict(reasons, layout.seq_len, device_type)
-        mask, backend, backend_reason = None, "dense", None
+        masks: list[Any] = [None] * len(layouts)
+        backend, bias_backend, backend_reason, bias_backend_reason = "dense", "dense", None, None
         if None in reasons:
-            mask = run.mask(processor, layout, hidden_states.device)
+            masks = [run.mask(processor, each, hidden_states.device) for each in layouts]
             tensors = (x for x in arguments.values() if isinstance(x, torch.Tensor))
             needs_grad = grad and any(x.requires_grad for x in (*tensors, *model.parameters()))
-            backend, backend_reason = self._select_backend(model, hidden_states, mask, needs_grad)
-            slow = processor.slow_reason(mask, _compute_dtype(hidden_states)) if backend == "sdpa" else None
+            backend, backend_reason = self._select_backend(model, hidden_states, masks[0], needs_grad)
+            if layout.text_len:
+                bias_backend, bias_backend_reason = self._select_backend(
+                    model, hidden_states, masks[0], needs_grad, bias=True
+                )
+            slow = processor.slow_reason(masks[0], _compute_dtype(hidden_states)) if backend == "sdpa" else None
             if slow is not None:
                 reasons = [slow if reason is None else reason for reason in reasons]
                 if processor.strict:
@@ -198,21 +249,27 @@ class Binding:
         self._rows = []
         for layer, reason in zip(self.layers, reasons, strict=True):
             sparse = reason is None
-            layer.context = AttentionContext(
-                layer_index=layer.layer_index,
-                layer_count=len(self.layers),
-                step_index=run.step,
-                step_count=run.num_steps,
-                branch=run.branch,
-                layout=layout,
-                block_mask=mask if sparse else None,
-                backend=backend if sparse else "auto",
-            )
-            layer.sparse, layer.called, layer.late_reason = sparse, False, None
+            contexts = {
+                each.seq_len: AttentionContext(
+                    layer_index=layer.layer_index,
+                    layer_count=len(self.layers),
+                    step_index=run.step,
+                    step_count=run.num_steps,
+                    branch=run.branch,
+                    layout=each,
+                    block_mask=mask if sparse else None,
+                    backend=backend if sparse else "auto",
+                    bias_backend=bias_backend if sparse else "auto",
+                )
+                for each, mask in zip(layouts, masks, strict=True)
+            }
+            layer.context = contexts[layout.seq_len]
+            layer.lengths = contexts if len(contexts) > 1 else {}
+            layer.sparse, layer.called, layer.biased, layer.late_reason = sparse, False, False, None
             if grad:
                 # For a replay inside the backward pass; a forward without gradients, of a teacher for instance, has none.
-                layer.recent[layout.seq_len] = layer.context
-                while len(layer.recent) > MAX_MASKS:
+                layer.recent |= contexts
+                while len(layer.recent) > MAX_MASKS * len(contexts):
                     layer.recent.pop(next(iter(layer.recent)))
             self._rows.append(
                 Row(
@@ -221,12 +278,13 @@ class Binding:
                     step=run.step,
                     branch=run.branch,
                     backend=backend if sparse else "dense",
-                    density=mask.density if sparse and mask is not None else 1.0,
+                    density=masks[0].density if sparse else 1.0,
                     tokens=layout.seq_len,
                     reason=reason,
                     backend_reason=backend_reason if sparse else None,
                 )
             )
+        self._bias_backend = bias_backend, bias_backend_reason
 
     def after(self, model: Any, args: tuple[Any, ...], output: Any) -> None:
         for layer, row in zip(self.layers, self._rows, strict=False):
@@ -234,8 +292,19 @@ class Binding:
                 continue
             if layer.late_reason is not None:
                 row = Row(row.layer, row.name, row.step, row.branch, "dense", 1.0, row.tokens, layer.late_reason)
+            elif layer.biased and row.reason is None:
+                backend, backend_reason = self._bias_backend
+                row = replace(row, backend=backend, backend_reason=backend_reason)
             self.run.report.add(row)
         self._rows = []
+
+    def _layouts(self, arguments: dict[str, Any], config: Any) -> list[TokenLayout]:
+        """The layouts that calls of this forward have, the longest first."""
+        grid = self.family.grid(arguments, config)
+        return [
+            self.processor.layout(grid, text_before=before, text_after=after)
+            for before, after in self.family.text(arguments, config)
+        ]
 
     def _dense_reason(self, layer: Any, seq_len: int, training: bool, device_type: str) -> str | None:
         if self.processor.always_dense:
@@ -261,15 +330,20 @@ class Binding:
                     f"does not ask for; {remedy or 'change the setting'} or turn off `strict`."
                 )
 
-    def _select_backend(self, model: Any, hidden_states: Any, mask: Any, needs_grad: bool) -> tuple[str, str]:
+    def _select_backend(
+        self, model: Any, hidden_states: Any, mask: Any, needs_grad: bool, bias: bool = False
+    ) -> tuple[str, str]:
         from vidsparse_kernels import select_backend
 
         attention = model.get_submodule(next(iter(self.saved)))
         device = hidden_states.device
         dtype = _compute_dtype(hidden_states)
-        shape = (hidden_states.shape[0], mask.seq_len_q, attention.heads, attention.inner_dim // attention.heads)
+        shape = (hidden_states.shape[0], mask.seq_len_q, attention.heads, _head_dim(attention))
         probe = torch.empty((1, 1, 1, 1), dtype=dtype, device=device).expand(shape)
-        name, reason = select_backend(probe, probe, probe, mask, requires_grad=needs_grad)
+        key_bias = torch.empty((1, 1, 1), device=device).expand(1, 1, mask.seq_len_kv) if bias else None
+        name, reason = select_backend(probe, probe, probe, mask, key_bias=key_bias, requires_grad=needs_grad)
+        if bias:
+            return name, reason  # Whether a mask over keys comes is known only at the call.
         if device.type == "cuda" and name not in FAST_ON_CUDA:
             self.run.report.note(f'slow backend "{name}" on {device.type}: {reason}')
             if self.processor.strict:
@@ -277,6 +351,16 @@ class Binding:
                     f'Sparse attention would run on the slow backend "{name}" ({reason}); turn off `strict` to allow it.'
                 )
         return name, reason
+
+
+def _head_dim(attention: Any) -> int:
+    inner_dim = getattr(attention, "inner_dim", None) or attention.to_q.out_features
+    return inner_dim // attention.heads
+
+
+def _first_tensor(latents: Any) -> torch.Tensor:
+    # Z-Image takes a list with one tensor per sample.
+    return latents[0] if isinstance(latents, list | tuple) else latents
 
 
 def _compute_dtype(hidden_states: torch.Tensor) -> torch.dtype:

@@ -32,6 +32,7 @@ class AttentionContext:
         layout: the tokens.
         block_mask: the blocks to compute, None in a dense call.
         backend: backend of `vidsparse_kernels.block_sparse_attention`; "auto" lets it choose at the call.
+        bias_backend: likewise for calls with a mask over keys (padding of a prompt), which not every backend takes.
         generator: for methods that draw random numbers; none does yet.
     """
 
@@ -43,6 +44,7 @@ class AttentionContext:
     layout: TokenLayout
     block_mask: BlockMask | None = None
     backend: str = "auto"
+    bias_backend: str = "auto"
     generator: torch.Generator | None = None
 
 

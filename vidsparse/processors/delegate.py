@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import ast
 import functools
+import inspect
+import textwrap
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from vidsparse.attention import sparse_attention
 from vidsparse.errors import DenseFallbackError, UnboundProcessorError, UnsupportedModelError
 from vidsparse.processors.context import AttentionContext
+from vidsparse.processors.families import Family
 
-ATTENTION_MASK = "attention mask given"
+ATTENTION_MASK = "attention mask that is not one per key"
 CAUSAL = "causal attention asked for"
 DROPOUT = "attention dropout asked for"
+LENGTH = "a number of tokens that the model's input does not explain"
+
+ATTENTION_CALLS = {
+    "dispatch_attention_fn": "attend",
+    "F.scaled_dot_product_attention": "attend_heads_first",
+}
+"""How the families call attention, and the method of `LayerProcessor` that takes its place."""
 
 
 class LayerProcessor:
@@ -30,24 +43,83 @@ class LayerProcessor:
     strict: bool
     sparse: bool
     context: AttentionContext | None
+    lengths: dict[int, AttentionContext]
     called: bool
+    biased: bool
     late_reason: str | None
     recent: dict[int, AttentionContext]
     _attention_backend: Any
     _parallel_config: Any
-
-    @property
-    def vidsparse_layer(self) -> LayerProcessor:
-        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The class is made at run time: name the family's class instead.
         base = type(self).__mro__[2]
         return _restore, (base, dict(vars(self)))
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Attention of this layer on `[batch, seq_len, num_heads, head_dim]`, sparse or dense as the context says."""
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        attention_kwargs: dict[str, Any] | None = None,
+        *,
+        backend: Any = None,
+        parallel_config: Any = None,
+    ) -> torch.Tensor:
+        """Attention of this layer on `[batch, seq_len, num_heads, head_dim]`, sparse or dense as the context says.
+
+        Stands where the family calls `dispatch_attention_fn`, with its arguments.
+        """
+        context = self._sparse_context(query, key, attn_mask, is_causal, dropout_p)
+        if context is not None:
+            return sparse_attention(query, key, value, context, key_bias=_key_bias(attn_mask), scale=scale)
+        return dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            attention_kwargs=attention_kwargs,
+            backend=backend,
+            parallel_config=parallel_config,
+        )
+
+    def attend_heads_first(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        """Likewise on `[batch, num_heads, seq_len, head_dim]`, in place of torch's `scaled_dot_product_attention`."""
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        context = self._sparse_context(q, k, attn_mask, is_causal, dropout_p)
+        if context is not None:
+            return sparse_attention(q, k, v, context, key_bias=_key_bias(attn_mask), scale=scale).transpose(1, 2)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+
+    def _sparse_context(
+        self, query: torch.Tensor, key: torch.Tensor, attn_mask: Any, is_causal: bool, dropout_p: float
+    ) -> AttentionContext | None:
+        """The context of a sparse call, or None for a dense one; query and key are `[batch, seq_len, ...]`."""
         context, sparse = self.context, self.sparse
+        if self.lengths:
+            # Some families drop the padding of each sample's prompt, so one forward makes calls of several lengths.
+            context = self.lengths.get(query.shape[1], context)
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             # Gradient checkpointing replays this layer inside a backward pass; other forwards may have run since.
             context = self.recent.get(query.shape[1], context)
@@ -57,7 +129,12 @@ class LayerProcessor:
                 "A vidsparse layer processor was called outside its model's forward; set a processor on the whole "
                 "transformer with `set_attn_processor`, and do not reuse processors read from another model."
             )
-        obstacle = _obstacle(**kwargs) if sparse else None
+        if key.shape[1] != query.shape[1]:
+            # A second attention of the same module, over image or adapter tokens: always exact, never counted.
+            return None
+        obstacle = _obstacle(attn_mask, is_causal, dropout_p) if sparse else None
+        if sparse and not torch.compiler.is_compiling() and query.shape[1] != context.layout.seq_len:
+            obstacle = LENGTH
         if obstacle is not None:
             # Dense attention is exact for all of these.
             if self.strict:
@@ -70,88 +147,96 @@ class LayerProcessor:
         if not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
             # Not inside a compiled checkpoint, where nothing outside may be written.
             self.called = True
-        if not sparse:
-            return dispatch_attention_fn(
-                query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config, **kwargs
-            )
-        return sparse_attention(query, key, value, context, scale=kwargs.get("scale"))
+            self.biased = attn_mask is not None
+        return context if sparse else None
 
 
-def _obstacle(*, attn_mask: Any = None, is_causal: bool = False, dropout_p: float = 0.0, **_: Any) -> str | None:
+def _obstacle(attn_mask: torch.Tensor | None, is_causal: bool, dropout_p: float) -> str | None:
     """What in a call the sparse path cannot do, or None."""
-    if attn_mask is not None:
+    if attn_mask is not None and not (attn_mask.ndim == 2 or (attn_mask.ndim == 4 and attn_mask.shape[1:3] == (1, 1))):
         return ATTENTION_MASK
     if is_causal:
         return CAUSAL
     return DROPOUT if dropout_p else None
 
 
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    attention_kwargs: dict[str, Any] | None = None,
-    *,
-    backend: Any,
-    parallel_config: Any = None,
-) -> torch.Tensor:
-    """Stands where the family's code calls `dispatch_attention_fn`; `backend` arrives as the layer's processor."""
-    return backend.attend(
-        query,
-        key,
-        value,
-        attn_mask=attn_mask,
-        dropout_p=dropout_p,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-        attention_kwargs=attention_kwargs,
-    )
+def _key_bias(attn_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask over keys, `[batch, seq_len]` or `[batch, 1, 1, seq_len]`, as an fp32 bias `[batch, 1, seq_len]`."""
+    if attn_mask is None:
+        return None
+    attn_mask = attn_mask.reshape(attn_mask.shape[0], 1, attn_mask.shape[-1])
+    if attn_mask.dtype != torch.bool:
+        return attn_mask.float()
+    return torch.zeros_like(attn_mask, dtype=torch.float32).masked_fill(~attn_mask, -torch.inf)
 
 
 @functools.cache
 def delegate_class(base: type) -> type:
     """A subclass of a family's processor whose attention call is ours.
 
-    Its `__call__` is the family's code with the family's globals, but `dispatch_attention_fn` is `attend` and the
-    attribute `_attention_backend` is read as `vidsparse_layer`, which is how `attend` learns the layer. The code object
-    is shared by all layers, so torch.compile sees one function; diffusers still reads and writes the real
-    `_attention_backend`.
+    Its `__call__` is compiled from the family's source with the family's globals, and each attention call in it (see
+    `ATTENTION_CALLS`) is a call of the layer's own method. The code object is shared by all layers, so torch.compile
+    sees one function, and tracebacks point into the family's file.
 
     Raises:
-        UnsupportedModelError: the processor does not call `dispatch_attention_fn` with its own backend.
+        UnsupportedModelError: the processor makes no such call, or its source cannot be read.
     """
     call: Any = vars(base).get("__call__") or base.__call__
-    code = getattr(call, "__code__", None)
-    if code is None or not {"dispatch_attention_fn", "_attention_backend"} <= set(code.co_names):
+    function = _with_our_attention(call) if isinstance(call, types.FunctionType) else None
+    if function is None:
         raise UnsupportedModelError(
-            f"{base.__name__} does not compute attention through `dispatch_attention_fn`; reset the model's attention "
-            "processors before setting a vidsparse one."
+            f"{base.__name__} makes no attention call that vidsparse knows ({' or '.join(ATTENTION_CALLS)}); reset "
+            "the model's attention processors before setting a vidsparse one."
         )
-    names = tuple("vidsparse_layer" if name == "_attention_backend" else name for name in code.co_names)
-    function = types.FunctionType(
-        code.replace(co_names=names),
-        {**call.__globals__, "dispatch_attention_fn": attend},
-        call.__name__,
-        call.__defaults__,
-        call.__closure__,
-    )
-    function.__kwdefaults__ = call.__kwdefaults__
-    function.__annotations__ = dict(call.__annotations__)
     return type(f"Sparse{base.__name__}", (LayerProcessor, base), {"__call__": function, "__doc__": base.__doc__})
 
 
-def make_layer(original: Any, *, index: int, name: str, strict: bool) -> Any:
+def _with_our_attention(call: types.FunctionType) -> Callable[..., Any] | None:
+    """`call` with its attention calls replaced, or None where there is none or it cannot be rewritten."""
+    try:
+        lines, first_line = inspect.getsourcelines(call)
+        path = inspect.getsourcefile(call)
+    except (OSError, TypeError):
+        return None
+    tree = ast.parse(textwrap.dedent("".join(lines)))
+    definition = tree.body[0]
+    # A decorator or a closure would not survive being compiled anew.
+    if not isinstance(definition, ast.FunctionDef) or definition.decorator_list or call.__closure__:
+        return None
+    replace = _ReplaceAttention(definition.args.args[0].arg)
+    tree = replace.visit(tree)
+    if not replace.found:
+        return None
+    ast.increment_lineno(tree, first_line - 1)
+    names: dict[str, Any] = {}
+    exec(compile(ast.fix_missing_locations(tree), path or "<processor>", "exec"), call.__globals__, names)
+    function = names[call.__name__]
+    function.__defaults__, function.__kwdefaults__ = call.__defaults__, call.__kwdefaults__
+    function.__annotations__ = dict(call.__annotations__)
+    return function
+
+
+class _ReplaceAttention(ast.NodeTransformer):
+    def __init__(self, processor: str) -> None:
+        self.processor, self.found = processor, False
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        method = ATTENTION_CALLS.get(ast.unparse(node.func))
+        if method is not None:
+            self.found = True
+            node.func = ast.copy_location(
+                ast.Attribute(ast.Name(self.processor, ast.Load()), method, ast.Load()), node.func
+            )
+        return node
+
+
+def make_layer(original: Any, family: Family, *, index: int, name: str, strict: bool) -> Any:
     """A layer processor that takes over the attributes of the processor it stands in for."""
-    layer = _restore(type(original), dict(vars(original)))
+    layer = _restore(family.processor_class(type(original)), dict(vars(original)))
     layer.layer_index, layer.layer_name, layer.strict = index, name, strict
-    layer.sparse, layer.called, layer.late_reason = False, False, None
-    layer.context, layer.recent = None, {}
+    layer.sparse, layer.called, layer.biased, layer.late_reason = False, False, False, None
+    layer.context, layer.lengths, layer.recent = None, {}, {}
     layer._attention_backend = getattr(original, "_attention_backend", None)
     layer._parallel_config = getattr(original, "_parallel_config", None)
     return layer

@@ -6,9 +6,26 @@ from typing import Any
 
 from vidsparse.errors import UnsupportedModelError
 from vidsparse.processors.families.base import Family
+from vidsparse.processors.families.cogvideox import COGVIDEOX
+from vidsparse.processors.families.flux import FLUX
+from vidsparse.processors.families.hunyuan_video import HUNYUAN_VIDEO, HUNYUAN_VIDEO_15
+from vidsparse.processors.families.ltx import LTX
+from vidsparse.processors.families.mochi import MOCHI
+from vidsparse.processors.families.qwen_image import QWEN_IMAGE
+from vidsparse.processors.families.sd3 import SD3
 from vidsparse.processors.families.wan import WAN
 
-FAMILIES: tuple[Family, ...] = (WAN,)
+FAMILIES: tuple[Family, ...] = (
+    WAN,
+    HUNYUAN_VIDEO,
+    HUNYUAN_VIDEO_15,
+    COGVIDEOX,
+    MOCHI,
+    LTX,
+    FLUX,
+    QWEN_IMAGE,
+    SD3,
+)
 
 
 def supported_models() -> tuple[str, ...]:

@@ -2,11 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from vidsparse.layout import LatentGrid
+
+Arguments = Mapping[str, Any]
+"""Arguments of a transformer's forward by name; those left to their defaults are missing."""
+
+
+def no_text(arguments: Arguments, config: Any) -> Sequence[tuple[int, int]]:
+    return ((0, 0),)
+
+
+def path_ends_in(*names: str) -> Callable[[str, Any], bool]:
+    """A target test: the last part of the module's path is one of these."""
+    return lambda path, module: path.rpartition(".")[2] in names
+
+
+def video_grid(arguments: Arguments, config: Any) -> LatentGrid:
+    """The grid of latents `[batch, channels, frames, height, width]` under the config's patch sizes."""
+    _, _, frames, height, width = arguments["hidden_states"].shape
+    patch = config.patch_size
+    if not isinstance(patch, int):
+        return LatentGrid(frames // patch[0], height // patch[1], width // patch[2])
+    patch_frames = getattr(config, "patch_size_t", None) or 1
+    return LatentGrid(frames // patch_frames, height // patch, width // patch)
+
+
+def read_once(tensor: torch.Tensor, read: Callable[[torch.Tensor], Any]) -> Any:
+    """What a function reads from a tensor on the host, kept on that tensor: one wait for the device in a generation."""
+    kept = getattr(tensor, "_vidsparse_read", None)
+    if kept is None or kept[0] != tensor._version:
+        kept = (tensor._version, read(tensor))
+        tensor._vidsparse_read = kept  # pyright: ignore[reportAttributeAccessIssue]
+    return kept[1]
 
 
 @dataclass(frozen=True)
@@ -16,8 +49,11 @@ class Family:
     Attributes:
         name: for messages and documents.
         model_classes: names of the diffusers transformer classes; names, so that nothing is imported for them.
-        is_target: (module path, attention module) -> whether it is video self-attention.
-        grid: (arguments of forward by name, model config) -> latent grid.
+        is_target: (module path, attention module) -> whether it attends over the video (or image) tokens.
+        grid: (arguments of forward by name, model config) -> latent grid; an image is one frame.
+        text: (arguments, config) -> text and condition tokens (before, after) the video in the sequence of a target, the
+            most first; several pairs where one forward makes calls of several lengths.
+        processors: names of the family's processor classes whose code cannot run as it is, with those that stand in.
         hidden_states: name of the forward's latent argument.
         timestep: name of the forward's timestep argument.
     """
@@ -25,6 +61,12 @@ class Family:
     name: str
     model_classes: tuple[str, ...]
     is_target: Callable[[str, Any], bool]
-    grid: Callable[[Mapping[str, Any], Any], LatentGrid]
+    grid: Callable[[Arguments, Any], LatentGrid]
+    text: Callable[[Arguments, Any], Sequence[tuple[int, int]]] = no_text
+    processors: Mapping[str, type] = field(default_factory=dict)
     hidden_states: str = "hidden_states"
     timestep: str = "timestep"
+
+    def processor_class(self, original: type) -> type:
+        """The class whose code runs in place of a processor of the family: nearly always that class itself."""
+        return self.processors.get(original.__name__, original)

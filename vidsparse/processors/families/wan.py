@@ -1,28 +1,30 @@
-"""Wan 2.1 and 2.2 (text-, image- and frame-to-video), VACE and SkyReels-V2: video self-attention beside cross-attention."""
+"""Wan 2.1 and 2.2 (text-, image- and frame-to-video), VACE, Animate, ChronoEdit and SkyReels-V2.
+
+Video self-attention (`attn1`) beside cross-attention to text and image; Animate's face adapter is cross-attention too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from vidsparse.layout import LatentGrid
-from vidsparse.processors.families.base import Family
+from vidsparse.processors.families.base import Family, path_ends_in, video_grid
+
+_ends_in_attn1 = path_ends_in("attn1")
 
 
-def _is_target(name: str, module: Any) -> bool:
-    return name.rpartition(".")[2] == "attn1" and not getattr(module, "is_cross_attention", False)
-
-
-def _grid(arguments: Mapping[str, Any], config: Any) -> LatentGrid:
-    # hidden_states [batch, channels, latent frames, latent height, latent width]
-    _, _, frames, height, width = arguments["hidden_states"].shape
-    patch_frames, patch_height, patch_width = config.patch_size
-    return LatentGrid(frames // patch_frames, height // patch_height, width // patch_width)
+def _is_target(path: str, module: Any) -> bool:
+    return _ends_in_attn1(path, module) and not getattr(module, "is_cross_attention", False)
 
 
 WAN = Family(
     name="Wan",
-    model_classes=("WanTransformer3DModel", "WanVACETransformer3DModel", "SkyReelsV2Transformer3DModel"),
+    model_classes=(
+        "WanTransformer3DModel",
+        "WanVACETransformer3DModel",
+        "WanAnimateTransformer3DModel",
+        "ChronoEditTransformer3DModel",
+        "SkyReelsV2Transformer3DModel",
+    ),
     is_target=_is_target,
-    grid=_grid,
+    grid=video_grid,
 )
