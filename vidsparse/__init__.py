@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from vidsparse.attention import sparse_attention
+    from vidsparse.attention import make_context, sparse_attention
     from vidsparse.layout import LatentGrid, TokenLayout
     from vidsparse.methods.dense import DenseProcessor
+    from vidsparse.methods.pooled import PooledProcessor
     from vidsparse.methods.radial import RadialConfig, RadialProcessor
     from vidsparse.processors.apply import Handle, apply
     from vidsparse.recipe import Recipe
@@ -21,6 +22,7 @@ _HOMES = {
     "DenseProcessor": "vidsparse.methods.dense",
     "Handle": "vidsparse.processors.apply",
     "LatentGrid": "vidsparse.layout",
+    "PooledProcessor": "vidsparse.methods.pooled",
     "RadialConfig": "vidsparse.methods.radial",
     "RadialProcessor": "vidsparse.methods.radial",
     "Recipe": "vidsparse.recipe",
@@ -28,6 +30,7 @@ _HOMES = {
     "Schedule": "vidsparse.schedule",
     "TokenLayout": "vidsparse.layout",
     "apply": "vidsparse.processors.apply",
+    "make_context": "vidsparse.attention",
     "sparse_attention": "vidsparse.attention",
 }
 
@@ -35,6 +38,7 @@ __all__ = [
     "DenseProcessor",
     "Handle",
     "LatentGrid",
+    "PooledProcessor",
     "RadialConfig",
     "RadialProcessor",
     "Recipe",
@@ -43,6 +47,7 @@ __all__ = [
     "TokenLayout",
     "__version__",
     "apply",
+    "make_context",
     "sparse_attention",
 ]
 

@@ -22,7 +22,7 @@ class Row:
         step: denoising step, None outside a generation (training).
         branch: guidance branch as the pipeline names it ("cond", "uncond"), None where it does not.
         backend: "dense" or the backend of the block-sparse call.
-        density: computed blocks / all blocks; 1.0 when dense.
+        density: computed blocks / all blocks; 1.0 when dense. A tensor on the device until the report is read.
         tokens: sequence length.
         reason: why it ran dense, None when sparse.
         backend_reason: why this backend, in the words of the kernels package; None when dense.
@@ -56,6 +56,7 @@ class Report:
 
     def __init__(self, rows: Iterable[Row] = (), notes: Iterable[str] = ()) -> None:
         self._rows: dict[tuple[Any, ...], Row] = {}
+        self._unsettled: list[Row] = []
         self.notes: list[str] = list(dict.fromkeys(notes))
         self.dropped_calls = 0
         for row in rows:
@@ -63,10 +64,25 @@ class Report:
 
     @property
     def rows(self) -> list[Row]:
+        self._settle()
         return list(self._rows.values())
+
+    def _settle(self) -> None:
+        """Read the densities that were left on the device, all at once."""
+        if not self._unsettled:
+            return
+        import torch
+
+        rows, self._unsettled = self._unsettled, []
+        densities = torch.stack([torch.as_tensor(row.density) for row in rows]).tolist()
+        for row, density in zip(rows, densities, strict=True):
+            self.add(replace(row, density=round(density, 4)))
 
     def add(self, row: Row) -> None:
         """Add a row, or its calls to the row that is equal but for the number of calls."""
+        if not isinstance(row.density, int | float):
+            self._unsettled.append(row)
+            return
         identity = (row.layer, row.name, row.step, row.branch, row.backend, row.density, row.tokens, row.reason)
         present = self._rows.get(identity)
         if present is not None:
@@ -82,6 +98,7 @@ class Report:
 
     def clear(self) -> None:
         self._rows.clear()
+        self._unsettled.clear()
         self.notes.clear()
         self.dropped_calls = 0
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from vidsparse.checks import is_whole
 from vidsparse.errors import ConfigError
 
 MIN_TOKENS: Mapping[str, int] = MappingProxyType({"cuda": 8192, "cpu": 0})
@@ -43,6 +44,10 @@ class Schedule:
             12.
         cooldown_steps: last steps that run dense, default 0. Ignored while the number of steps is unknown.
         dense_layers: first layers that run dense in every step, default 0.
+        refresh_every: steps that one selection of blocks serves, per layer and guidance branch, at least 1 (default:
+            every step selects anew). For methods that select from query and key; a static mask never changes.
+        reuse_gib: most memory that reuse may keep, in GiB over all layers and branches; layers that find no room
+            select in every step and the report says so. Default None: no limit.
         min_tokens: sequences shorter than this run dense, in tokens; 0 never. None (default): in generations the
             measured `MIN_TOKENS` of the device's type, in training 0.
 
@@ -53,6 +58,8 @@ class Schedule:
     warmup_steps: int | None = None
     cooldown_steps: int = 0
     dense_layers: int = 0
+    refresh_every: int = 1
+    reuse_gib: float | None = None
     min_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -62,6 +69,12 @@ class Schedule:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ConfigError(f"`{name}` must be a whole number of at least 0, got {value!r}.")
+        if not is_whole(self.refresh_every) or self.refresh_every < 1:
+            raise ConfigError(
+                f"`refresh_every` must be a whole number of at least 1 step, got {self.refresh_every!r}."
+            )
+        if self.reuse_gib is not None and (isinstance(self.reuse_gib, bool) or not self.reuse_gib >= 0):
+            raise ConfigError(f"`reuse_gib` must be at least 0, got {self.reuse_gib!r}.")
 
     def warmup(self, num_steps: int | None) -> int:
         """Number of dense first steps of a generation of `num_steps` steps (None: not known)."""

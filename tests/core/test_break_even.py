@@ -49,6 +49,6 @@ def test_strict_says_how_to_insist(build_pipeline, generate):
 def test_the_default_mask_of_the_bundled_model_pays():
     processor = vidsparse.RadialProcessor()
     for grid in (LatentGrid(21, 8, 12), LatentGrid(21, 12, 20), LatentGrid(76, 8, 12)):
-        mask, _ = processor.build_mask(processor.layout(grid), None)
-        assert processor.slow_reason(mask, torch.float32) is None
-        assert processor.slow_reason(mask, torch.bfloat16) is None
+        parts, _ = processor.parts(processor.layout(grid), None)
+        assert processor.slow_reason(parts, torch.float32) is None
+        assert processor.slow_reason(parts, torch.bfloat16) is None

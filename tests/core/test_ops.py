@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vidsparse import ops, sparse_attention
 from vidsparse.errors import ConfigError
 from vidsparse.layout import LatentGrid, TokenLayout
+from vidsparse.parts import Parts
 from vidsparse.processors.context import AttentionContext
 from vidsparse_kernels import BlockMask, block_sparse_attention
 from vidsparse_kernels.testing import make_block_mask, make_qkv, make_variable_block_mask, masked_attention_oracle
@@ -166,7 +167,7 @@ def test_compiled_calls_share_one_mask_object():
 def test_context_or_mask():
     q, k, v = inputs()
     layout = TokenLayout(LatentGrid(1, 3, 37), block_size=16)
-    context = AttentionContext(0, 1, 0, 4, "cond", layout, MASK, "reference")
+    context = AttentionContext(0, 1, 0, 4, "cond", layout, Parts(MASK), backend="reference")
     torch.testing.assert_close(sparse_attention(q, k, v, context), sparse_attention(q, k, v, MASK))
     with pytest.raises(ConfigError, match="dense call selects no blocks"):
         sparse_attention(q, k, v, AttentionContext(0, 1, 0, 4, "cond", layout))

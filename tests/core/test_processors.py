@@ -687,18 +687,18 @@ def test_save_and_load_while_bound(build_pipeline, generate, tmp_path):
 
 def test_errors_say_what_to_do(build_transformer, forward):
     model = build_transformer()
-    with pytest.raises(ConfigError, match="one of radial, dense"):
+    with pytest.raises(ConfigError, match="one of radial, "):
         vidsparse.apply(model, "magic")
     with pytest.raises(ConfigError, match="recipe or options, not both"):
         vidsparse.apply(model, vidsparse.Recipe.from_options("radial"), density=0.5)
     with pytest.raises(UnsupportedModelError, match="Linear is not supported; .*WanTransformer3DModel"):
         vidsparse.apply(torch.nn.Linear(2, 2))
-    with pytest.raises(ConfigError, match="one of radial, dense, got"):
+    with pytest.raises(ConfigError, match="one of radial, .* got"):
         vidsparse.apply(model, cast(Any, ["radial"]))
     with pytest.raises(ConfigError, match="`recipe` must be a Recipe, got 0.3; give settings by name"):
         vidsparse.RadialProcessor(cast(Any, 0.3))
     q = torch.zeros(1, 16, 1, 8)
-    with pytest.raises(ConfigError, match="`context` must be a BlockMask or an AttentionContext, got NoneType"):
+    with pytest.raises(ConfigError, match="`context` must be an AttentionContext or a BlockMask.* got NoneType"):
         vidsparse.sparse_attention(q, q, q, cast(Any, None))
     with pytest.raises(UnsupportedModelError, match="has no transformer"):
         vidsparse.apply(object())

@@ -42,7 +42,7 @@ def test_json_round_trip(recipe):
         ('{"version": 2, "method": "radial", "config": {}}', "version 1 is needed"),
         ('{"version": 1, "method": "radial"}', "A recipe has method"),
         ('{"version": 1, "method": "radial", "config": {}, "more": 1}', "A recipe has method"),
-        ('{"version": 1, "method": "magic", "config": {}}', "one of radial, dense"),
+        ('{"version": 1, "method": "magic", "config": {}}', "one of radial, "),
         ('{"version": 1, "method": "radial", "config": {"density": 3}}', r"in \(0, 1\]"),
         ('{"version": 1, "method": "radial", "config": {"density": "x"}}', r"must be in \(0, 1\], got 'x'"),
         ('{"version": 1, "method": "radial", "config": {}, "tuned_for": {"grid": {"frames": 1}}}', "tuned_for"),
@@ -54,7 +54,7 @@ def test_bad_json(text, message):
 
 
 def test_unknown_names_list_what_is_known():
-    with pytest.raises(ConfigError, match="must be one of radial, dense, got 'x'"):
+    with pytest.raises(ConfigError, match="must be one of radial, .* got 'x'"):
         Recipe.from_options("x")
     with pytest.raises(ConfigError, match="`top_p` is no option of method 'radial'; it takes density, decay_factor"):
         Recipe.from_options("radial", top_p=0.9)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from vidsparse.checks import is_number, is_whole
+from vidsparse.checks import check_share, is_number, is_whole
 from vidsparse.errors import ConfigError
 from vidsparse.layout import LatentGrid, TokenLayout
 
@@ -109,7 +109,7 @@ def solve_decay_factor(
     Raises:
         ConfigError: `density` is outside (0, 1].
     """
-    check_density(density)
+    check_share("density", density)
 
     def reached(factor: float) -> float:
         dense = radial_dense_blocks(
@@ -171,12 +171,6 @@ def radial_dense_blocks(
     _keep_text(dense, layout, q_block_size, kv_block_size)
     _keep_own(dense, layout.seq_len, q_block_size, kv_block_size)
     return dense
-
-
-def check_density(density: float) -> None:
-    """Raise ConfigError unless `density` is in (0, 1]."""
-    if not is_number(density) or not 0.0 < density <= 1.0:
-        raise ConfigError(f"`density` must be in (0, 1], got {density!r}.")
 
 
 def check_radial(decay_factor: float, variant: str, sink_frames: int) -> None:

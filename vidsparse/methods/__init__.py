@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from vidsparse.errors import ConfigError
 from vidsparse.methods.dense import DenseConfig, DenseProcessor
+from vidsparse.methods.pooled import PooledConfig, PooledProcessor
 from vidsparse.methods.radial import RadialConfig, RadialProcessor
+from vidsparse.methods.random import RandomConfig, RandomProcessor
 from vidsparse.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
 PROCESSORS: dict[str, type[SparseProcessor]] = {
     "radial": RadialProcessor,
+    "pooled": PooledProcessor,
+    "random": RandomProcessor,
     "dense": DenseProcessor,
 }
 
@@ -45,8 +49,12 @@ __all__ = [
     "PROCESSORS",
     "DenseConfig",
     "DenseProcessor",
+    "PooledConfig",
+    "PooledProcessor",
     "RadialConfig",
     "RadialProcessor",
+    "RandomConfig",
+    "RandomProcessor",
     "method_options",
     "processor_class",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
 
-from vidsparse.checks import is_whole
+from vidsparse.checks import check_share, is_whole
 from vidsparse.errors import ConfigError
 from vidsparse.layout import LatentGrid, TokenLayout
 from vidsparse.processors.base import SparseProcessor
@@ -53,10 +53,10 @@ class RadialConfig:
     schedule: Schedule = field(default_factory=lambda: Schedule(dense_layers=1))
 
     def __post_init__(self) -> None:
-        from vidsparse.masks.radial import check_density, check_radial
+        from vidsparse.masks.radial import check_radial
 
         if self.density is not None:
-            check_density(self.density)
+            check_share("density", self.density)
         check_radial(self.decay_factor, self.variant or DEFAULT_VARIANT, self.sink_frames)
         size = self.block_size
         if size is not None and (not is_whole(size) or size < SMALLEST_BLOCK or size % SMALLEST_BLOCK):

@@ -88,7 +88,8 @@ class Handle:
     def reset(self) -> None:
         """Forget step, masks and report, as if nothing had run."""
         self._run.reset()
-        self._run.masks.clear()
+        self._run.parts.clear()
+        self._run.forget()
         self._run.report.clear()
 
     def remove(self) -> None:

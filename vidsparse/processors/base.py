@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     import torch
 
     from vidsparse.layout import LatentGrid, TokenLayout
+    from vidsparse.parts import Parts
     from vidsparse.processors.context import RunState
     from vidsparse_kernels import BlockMask
+
+
+SELECTING_ON_CPU = "selecting blocks from query and key costs more on a CPU than it saves"
 
 
 class SparseProcessor(ABC):
@@ -64,27 +68,41 @@ class SparseProcessor(ABC):
     def layout(self, grid: LatentGrid, text_before: int = 0, text_after: int = 0) -> TokenLayout:
         """Blocks over the tokens of a grid and the text beside it."""
 
-    @abstractmethod
+    def parts(self, layout: TokenLayout, device: Any) -> tuple[Parts, str | None]:
+        """The method on a layout and device, and a note for the report or None."""
+        from vidsparse.parts import Parts
+
+        mask, note = self.build_mask(layout, device)
+        return Parts(mask), note
+
     def build_mask(self, layout: TokenLayout, device: Any) -> tuple[BlockMask, str | None]:
-        """The block mask for a layout on a device, and a note for the report or None."""
+        """The block mask of a static method for a layout on a device, and a note for the report or None."""
+        raise NotImplementedError(f"{type(self).__name__} selects blocks from query and key.")
+
+    def expected_density(self, layout: TokenLayout) -> float | None:
+        """Density of a call where it is known before seeing query and key, else None; only for methods that select."""
+        return None
 
     def report(self) -> Report:
         """What ran in the last (or current) generation, over all models this processor is bound to."""
         return Report.merged(run.report for ref in self._runs if (run := ref()) is not None)
 
-    def slow_reason(self, mask: Any, dtype: torch.dtype | None = None) -> str | None:
-        """Why dense attention on the CPU is faster than this mask, or None. A `min_tokens` that somebody set is final.
+    def slow_reason(self, parts: Parts, dtype: torch.dtype | None = None) -> str | None:
+        """Why dense attention on the CPU is faster than this method, or None. A `min_tokens` that somebody set is final.
 
         Args:
-            mask: the block mask of a call.
+            parts: the method on the layout of a call.
             dtype: in which attention is computed, default fp32.
         """
         if self.recipe.schedule.min_tokens is not None:
             return None
+        if not parts.is_static or parts.block_mask is None:
+            return SELECTING_ON_CPU
         import torch
 
         from vidsparse_kernels.block_sparse_attention.sdpa import relative_cost
 
+        mask = parts.block_mask
         cost = relative_cost(mask, dtype or torch.float32)
         if cost <= 1:
             return None
@@ -116,20 +134,23 @@ class SparseProcessor(ABC):
             if value < 1:
                 raise ConfigError(f"`{name}` of a plan must be at least 1, got {value}.")
         layout = self.layout(grid)
-        mask, note = self.build_mask(layout, "cpu")
+        parts, note = self.parts(layout, "cpu")
         schedule = self.recipe.schedule
-        slow = not self.always_dense and device_type == "cpu" and self.slow_reason(mask, dtype) is not None
+        slow = not self.always_dense and device_type == "cpu" and self.slow_reason(parts, dtype) is not None
+        density = parts.block_mask.density if parts.block_mask is not None else self.expected_density(layout)
+        if density is None:
+            density, note = 1.0, "the density depends on the video; 1 is its upper bound"
 
         def cell(step: int, layer: int) -> float:
             dense = self.always_dense or schedule.dense_reason(step, num_steps, layer, layout.seq_len, device_type)
-            return 1.0 if dense or slow else mask.density
+            return 1.0 if dense or slow else density
 
         return Plan(
             method=self.method,
             grid=grid,
             num_steps=num_steps,
             block_size=layout.block_size,
-            block_density=1.0 if self.always_dense else mask.density,
+            block_density=1.0 if self.always_dense else density,
             density=tuple(tuple(cell(step, layer) for step in range(num_steps)) for layer in range(num_layers)),
             dense_steps=tuple(
                 step for step in range(num_steps) if self.always_dense or schedule.is_dense_step(step, num_steps)

@@ -18,6 +18,7 @@ import torch
 
 from vidsparse.errors import DenseFallbackError, UnsupportedModelError
 from vidsparse.layout import TokenLayout
+from vidsparse.parts import Parts, Selection
 from vidsparse.processors.base import SparseProcessor
 from vidsparse.processors.context import MAX_MASKS, AttentionContext, RunState
 from vidsparse.processors.families import Family, family_of, supported_models
@@ -26,6 +27,7 @@ from vidsparse.schedule import ASKED_FOR, METHOD_DENSE, UNKNOWN_STEP
 
 CONTEXT_PARALLEL = "context parallelism"
 FAST_ON_CUDA = frozenset({"triton", "hopper", "flash4", "flex"})
+SCORES_SKIPPED = "attention scores skipped by perturbed-attention guidance"
 BINDING = "_vidsparse_binding"
 
 
@@ -175,6 +177,7 @@ class Binding:
         self._parameters: tuple[str, ...] = ()
         self._rows: list[Row] = []
         self._bias_backend: tuple[str, str | None] = ("dense", None)
+        self.outside_graph = False
 
     def owns_any(self, processors: Iterable[Any]) -> bool:
         """Whether one of these is a layer processor of this binding."""
@@ -190,6 +193,9 @@ class Binding:
         ]
         if hasattr(type(model), "cache_context"):
             model.cache_context = _CacheContext(model, self.run)
+        model.compile = _Compile(model, self)
+        if model._compiled_call_impl is not None:
+            model._compiled_call_impl = _AroundGraph(model, self, model._compiled_call_impl)
         setattr(model, BINDING, self)
 
     def detach(self, model: Any) -> None:
@@ -207,8 +213,10 @@ class Binding:
             layer.recent.clear()
         for handle in self._handles:
             handle.remove()
-        vars(model).pop("cache_context", None)
-        vars(model).pop(BINDING, None)
+        for attribute in ("cache_context", "compile", BINDING):
+            vars(model).pop(attribute, None)
+        if isinstance(model._compiled_call_impl, _AroundGraph):
+            model._compiled_call_impl = model._compiled_call_impl.compiled
 
     def before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decide for each layer of this forward whether it is sparse and why not, and hand it its context.
@@ -228,27 +236,45 @@ class Binding:
         layout = layouts[0]
         device_type = hidden_states.device.type
         reasons = [self._dense_reason(layer, layout.seq_len, training, device_type) for layer in self.layers]
+        for index, path in enumerate(self.saved):
+            if reasons[index] is None and _skips_scores(model.get_submodule(path)):
+                reasons[index] = SCORES_SKIPPED
         if processor.strict:
             self._check_strict(reasons, layout.seq_len, device_type)
-        masks: list[Any] = [None] * len(layouts)
+        parts: list[Parts | None] = [None] * len(layouts)
         backend, bias_backend, backend_reason, bias_backend_reason = "dense", "dense", None, None
+        density = 1.0
         if None in reasons:
-            masks = [run.mask(processor, each, hidden_states.device) for each in layouts]
+            parts = [run.parts_of(processor, each, hidden_states.device) for each in layouts]
+            first = parts[0]
+            assert first is not None
             tensors = (x for x in arguments.values() if isinstance(x, torch.Tensor))
             needs_grad = grad and any(x.requires_grad for x in (*tensors, *model.parameters()))
-            backend, backend_reason = self._select_backend(model, hidden_states, masks[0], needs_grad)
-            if layout.text_len:
-                bias_backend, bias_backend_reason = self._select_backend(
-                    model, hidden_states, masks[0], needs_grad, bias=True
-                )
-            slow = processor.slow_reason(masks[0], _compute_dtype(hidden_states)) if backend == "sdpa" else None
+            slow = None
+            if first.is_static:
+                mask = first.block_mask
+                assert mask is not None
+                density = mask.density
+                backend, backend_reason = self._select_backend(model, hidden_states, mask, needs_grad)
+                if layout.text_len:
+                    bias_backend, bias_backend_reason = self._select_backend(
+                        model, hidden_states, mask, needs_grad, bias=True
+                    )
+                if backend == "sdpa":
+                    slow = processor.slow_reason(first, _compute_dtype(hidden_states))
+            elif device_type == "cpu" and not needs_grad:
+                slow = processor.slow_reason(first)
             if slow is not None:
                 reasons = [slow if reason is None else reason for reason in reasons]
                 if processor.strict:
                     self._check_strict(reasons, layout.seq_len, device_type, slow)
         self._rows = []
+        schedule = processor.recipe.schedule
         for layer, reason in zip(self.layers, reasons, strict=True):
             sparse = reason is None
+            # Training and layers that never select keep nothing.
+            keeps = sparse and run.step is not None and parts[0] is not None and not parts[0].is_static
+            memory = run.memory(layer.layer_name, schedule.reuse_gib) if keeps else None
             contexts = {
                 each.seq_len: AttentionContext(
                     layer_index=layer.layer_index,
@@ -257,15 +283,18 @@ class Binding:
                     step_count=run.num_steps,
                     branch=run.branch,
                     layout=each,
-                    block_mask=mask if sparse else None,
+                    parts=each_parts if sparse else None,
+                    memory=memory,
+                    refresh_every=schedule.refresh_every,
                     backend=backend if sparse else "auto",
                     bias_backend=bias_backend if sparse else "auto",
                 )
-                for each, mask in zip(layouts, masks, strict=True)
+                for each, each_parts in zip(layouts, parts, strict=True)
             }
             layer.context = contexts[layout.seq_len]
             layer.lengths = contexts if len(contexts) > 1 else {}
             layer.sparse, layer.called, layer.biased, layer.late_reason = sparse, False, False, None
+            layer.selection = None
             if grad:
                 # For a replay inside the backward pass; a forward without gradients, of a teacher for instance, has none.
                 layer.recent |= contexts
@@ -278,7 +307,7 @@ class Binding:
                     step=run.step,
                     branch=run.branch,
                     backend=backend if sparse else "dense",
-                    density=masks[0].density if sparse else 1.0,
+                    density=density if sparse else 1.0,
                     tokens=layout.seq_len,
                     reason=reason,
                     backend_reason=backend_reason if sparse else None,
@@ -292,11 +321,25 @@ class Binding:
                 continue
             if layer.late_reason is not None:
                 row = Row(row.layer, row.name, row.step, row.branch, "dense", 1.0, row.tokens, layer.late_reason)
+            elif layer.selection is not None:
+                row = self._selected_row(row, layer.selection)
             elif layer.biased and row.reason is None:
                 backend, backend_reason = self._bias_backend
                 row = replace(row, backend=backend, backend_reason=backend_reason)
             self.run.report.add(row)
+        if self.run.budget.refused:
+            self.run.report.note(
+                "some layers kept nothing for later steps, because `reuse_gib` "
+                f"({self.processor.recipe.schedule.reuse_gib:g}) has no more room"
+            )
         self._rows = []
+
+    def _selected_row(self, row: Row, selection: Selection) -> Row:
+        """The row of a call whose blocks were selected from query and key."""
+        backend, reason = selection.backend or (row.backend, None)
+        if selection.block_mask.device.type == "cuda" and backend not in FAST_ON_CUDA:
+            self.run.report.note(f'slow backend "{backend}" on cuda: {reason}')
+        return replace(row, backend=backend, backend_reason=reason, density=selection.density)
 
     def _layouts(self, arguments: dict[str, Any], config: Any) -> list[TokenLayout]:
         """The layouts that calls of this forward have, the longest first."""
@@ -369,6 +412,12 @@ def _compute_dtype(hidden_states: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else hidden_states.dtype
 
 
+def _skips_scores(attention: Any) -> bool:
+    """Whether a guider of diffusers makes this module return its values: it reaches torch's own attention alone."""
+    registry = getattr(attention, "_diffusers_hook", None)
+    return registry is not None and any(getattr(hook, "skip_attention_scores", False) for hook in registry.hooks.values())
+
+
 class _Before:
     """Forward pre-hook; a class, so that copies of a model carry a hook with their own binding."""
 
@@ -376,7 +425,8 @@ class _Before:
         self.binding = binding
 
     def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _run_eagerly(self.binding.before, model, args, kwargs)
+        if not self.binding.outside_graph:
+            _run_eagerly(self.binding.before, model, args, kwargs)
 
 
 class _After:
@@ -386,7 +436,8 @@ class _After:
         self.binding = binding
 
     def __call__(self, model: Any, args: tuple[Any, ...], output: Any) -> None:
-        _run_eagerly(self.binding.after, model, args, output)
+        if not self.binding.outside_graph:
+            _run_eagerly(self.binding.after, model, args, output)
 
 
 def _run(function: Callable[..., None], *arguments: Any) -> None:
@@ -395,6 +446,40 @@ def _run(function: Callable[..., None], *arguments: Any) -> None:
 
 # Under torch.compile of the whole model the hooks are traced too; masks and reports are no part of a graph.
 _run_eagerly: Any = torch.compiler.disable(_run)
+
+
+class _Compile:
+    """Stands over a model's `compile`, so that what the hooks do happens around the graph and not in it.
+
+    Only so does `model.compile(fullgraph=True)` work; `torch.compile(model)` breaks the graph at the hooks, before and
+    after the model's own forward.
+    """
+
+    def __init__(self, model: Any, binding: Binding) -> None:
+        self.model, self.binding = model, binding
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        model = self.model
+        type(model).compile(model, *args, **kwargs)
+        model._compiled_call_impl = _AroundGraph(model, self.binding, model._compiled_call_impl)
+
+
+class _AroundGraph:
+    """A compiled model's call with the binding's hooks around it."""
+
+    def __init__(self, model: Any, binding: Binding, compiled: Callable[..., Any]) -> None:
+        self.model, self.binding, self.compiled = model, binding, compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        binding = self.binding
+        binding.before(self.model, args, kwargs)
+        binding.outside_graph = True
+        try:
+            output = self.compiled(*args, **kwargs)
+        finally:
+            binding.outside_graph = False
+        binding.after(self.model, args, output)
+        return output
 
 
 class _CacheContext:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vidsparse.layout import TokenLayout
+from vidsparse.parts import LayerMemory, MemoryBudget, Parts
 from vidsparse.report import Report
 
 if TYPE_CHECKING:
     from vidsparse.processors.base import SparseProcessor
-    from vidsparse_kernels import BlockMask
 
 MAX_MASKS = 4
 """Layouts whose masks are kept; training on mixed lengths comes back to the same few."""
@@ -30,7 +30,9 @@ class AttentionContext:
         step_count: steps of the generation, None when nobody said.
         branch: guidance branch as the pipeline names it, or None.
         layout: the tokens.
-        block_mask: the blocks to compute, None in a dense call.
+        parts: what the method does here, None in a dense call.
+        memory: what this layer and branch kept from earlier steps, None where there is nothing to keep (training).
+        refresh_every: steps that a selection serves, 1: its own.
         backend: backend of `vidsparse_kernels.block_sparse_attention`; "auto" lets it choose at the call.
         bias_backend: likewise for calls with a mask over keys (padding of a prompt), which not every backend takes.
         generator: for methods that draw random numbers; none does yet.
@@ -42,7 +44,9 @@ class AttentionContext:
     step_count: int | None
     branch: str | None
     layout: TokenLayout
-    block_mask: BlockMask | None = None
+    parts: Parts | None = None
+    memory: LayerMemory | None = None
+    refresh_every: int = 1
     backend: str = "auto"
     bias_backend: str = "auto"
     generator: torch.Generator | None = None
@@ -57,7 +61,9 @@ class RunState:
 
     def __init__(self, num_steps: Callable[[], int | None] | None = None) -> None:
         self.report = Report()
-        self.masks: dict[tuple[TokenLayout, str], tuple[BlockMask, str | None]] = {}
+        self.parts: dict[tuple[TokenLayout, str], tuple[Parts, str | None]] = {}
+        self.budget = MemoryBudget()
+        self._memories: dict[tuple[str, str | None], LayerMemory] = {}
         self._ask_num_steps = num_steps
         self._in_training = False
         self.reset()
@@ -73,6 +79,13 @@ class RunState:
         self._last_timestep: float | None = None
         self._calls_at_timestep = 0
         self._starting = True
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what layers kept: nothing of one video reaches the next."""
+        for memory in self._memories.values():
+            memory.clear()
+        self._memories.clear()
 
     def enter(self, branch: str, step_index: int | None, num_steps: int | None) -> None:
         """The pipeline opened a cache context for one forward; older diffusers give no index, so entries are counted."""
@@ -136,19 +149,24 @@ class RunState:
             self._calls_at_timestep += 1
         self._last_timestep = value
 
-    def mask(self, processor: SparseProcessor, layout: TokenLayout, device: torch.device) -> BlockMask:
-        """The processor's mask for a layout, built once per layout and device."""
+    def parts_of(self, processor: SparseProcessor, layout: TokenLayout, device: torch.device) -> Parts:
+        """The method on a layout, its static mask built once per layout and device."""
         where = (layout, str(device))
-        if where not in self.masks:
-            while len(self.masks) >= MAX_MASKS:
-                self.masks.pop(next(iter(self.masks)))
+        if where not in self.parts:
+            while len(self.parts) >= MAX_MASKS:
+                self.parts.pop(next(iter(self.parts)))
             # A mask made in inference mode could not be saved for a backward pass later.
             with torch.inference_mode(False):
-                self.masks[where] = processor.build_mask(layout, device)
-        mask, note = self.masks[where]
+                self.parts[where] = processor.parts(layout, device)
+        parts, note = self.parts[where]
         if note is not None:
             self.report.note(note)
-        return mask
+        return parts
+
+    def memory(self, layer_name: str, limit_gib: float | None) -> LayerMemory:
+        """What a layer keeps in this generation for the branch of the current forward."""
+        self.budget.limit = None if limit_gib is None else int(limit_gib * 2**30)
+        return self._memories.setdefault((layer_name, self.branch), LayerMemory(self.budget))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A pickled model starts its own generation too, and has no pipeline to ask.

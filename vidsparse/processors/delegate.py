@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import itertools
 import textwrap
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-from vidsparse.attention import sparse_attention
+from vidsparse.attention import attend
 from vidsparse.errors import DenseFallbackError, UnboundProcessorError, UnsupportedModelError
+from vidsparse.parts import Selection
 from vidsparse.processors.context import AttentionContext
 from vidsparse.processors.families import Family
 
@@ -48,13 +51,15 @@ class LayerProcessor:
     biased: bool
     late_reason: str | None
     recent: dict[int, AttentionContext]
+    selection: Selection | None
+    handle: torch.Tensor
     _attention_backend: Any
     _parallel_config: Any
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The class is made at run time: name the family's class instead.
         base = type(self).__mro__[2]
-        return _restore, (base, dict(vars(self)))
+        return _restore, (base, {name: value for name, value in vars(self).items() if name != "handle"})
 
     def attend(
         self,
@@ -77,7 +82,7 @@ class LayerProcessor:
         """
         context = self._sparse_context(query, key, attn_mask, is_causal, dropout_p)
         if context is not None:
-            return sparse_attention(query, key, value, context, key_bias=_key_bias(attn_mask), scale=scale)
+            return self._attend_sparse(query, key, value, context, _key_bias(attn_mask), scale)
         return dispatch_attention_fn(
             query,
             key,
@@ -107,10 +112,27 @@ class LayerProcessor:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         context = self._sparse_context(q, k, attn_mask, is_causal, dropout_p)
         if context is not None:
-            return sparse_attention(q, k, v, context, key_bias=_key_bias(attn_mask), scale=scale).transpose(1, 2)
+            return self._attend_sparse(q, k, v, context, _key_bias(attn_mask), scale).transpose(1, 2)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+
+    def _attend_sparse(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        context: AttentionContext,
+        key_bias: torch.Tensor | None,
+        scale: float | None,
+    ) -> torch.Tensor:
+        if torch.compiler.is_compiling() and context.parts is not None and not context.parts.is_static:
+            # What selects from query and key keeps state between steps: one opaque call in the graph.
+            return _attend_layer(query, key, value, key_bias, self.handle, scale)
+        out, selection = attend(query, key, value, context, key_bias=key_bias, scale=scale)
+        if selection is not None:
+            self.selection = selection
+        return out
 
     def _sparse_context(
         self, query: torch.Tensor, key: torch.Tensor, attn_mask: Any, is_causal: bool, dropout_p: float
@@ -123,7 +145,7 @@ class LayerProcessor:
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             # Gradient checkpointing replays this layer inside a backward pass; other forwards may have run since.
             context = self.recent.get(query.shape[1], context)
-            sparse = context is not None and context.block_mask is not None
+            sparse = context is not None and context.parts is not None
         if context is None:
             raise UnboundProcessorError(
                 "A vidsparse layer processor was called outside its model's forward; set a processor on the whole "
@@ -236,7 +258,7 @@ def make_layer(original: Any, family: Family, *, index: int, name: str, strict: 
     layer = _restore(family.processor_class(type(original)), dict(vars(original)))
     layer.layer_index, layer.layer_name, layer.strict = index, name, strict
     layer.sparse, layer.called, layer.biased, layer.late_reason = False, False, False, None
-    layer.context, layer.lengths, layer.recent = None, {}, {}
+    layer.context, layer.lengths, layer.recent, layer.selection = None, {}, {}, None
     layer._attention_backend = getattr(original, "_attention_backend", None)
     layer._parallel_config = getattr(original, "_parallel_config", None)
     return layer
@@ -246,4 +268,38 @@ def _restore(base: type, state: dict[str, Any]) -> Any:
     cls = delegate_class(base)
     layer: Any = object.__new__(cls)
     layer.__dict__.update(state)
+    layer.handle = torch.tensor(next(_HANDLES))
+    _LAYERS[int(layer.handle)] = layer
     return layer
+
+
+_HANDLES = itertools.count()
+_LAYERS: weakref.WeakValueDictionary[int, LayerProcessor] = weakref.WeakValueDictionary()
+"""Living layers by handle. A handle is a tensor, so that one compiled graph serves all layers of a model."""
+
+
+@torch.library.custom_op("vidsparse::attend_layer", mutates_args=())
+def _attend_layer(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_bias: torch.Tensor | None,
+    handle: torch.Tensor,
+    scale: float | None,
+) -> torch.Tensor:
+    layer = _LAYERS[int(handle)]
+    context = layer.lengths.get(query.shape[1], layer.context)
+    assert context is not None
+    return layer._attend_sparse(query, key, value, context, key_bias, scale).contiguous()
+
+
+@_attend_layer.register_fake
+def _attend_layer_fake(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_bias: torch.Tensor | None,
+    handle: torch.Tensor,
+    scale: float | None,
+) -> torch.Tensor:
+    return query.new_empty(query.shape)

@@ -1,0 +1,244 @@
+"""Methods that select from query and key: the path, reuse from step to step, and compilation."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+import vidsparse
+from vidsparse.attention import attend, make_context
+from vidsparse.errors import ConfigError
+from vidsparse.layout import LatentGrid, TokenLayout
+from vidsparse.methods import processor_class
+from vidsparse.parts import LayerMemory, MemoryBudget, Selection, token_density
+from vidsparse.processors.context import AttentionContext
+from vidsparse.recipe import Recipe
+from vidsparse.selection.blocks import forced_blocks
+from vidsparse_kernels import BlockMask
+from vidsparse_kernels.testing import masked_attention_oracle
+
+LAYOUT = TokenLayout(LatentGrid(5, 7, 9), text_before=3, text_after=11)
+SELECTING = ("pooled", "random")
+ALWAYS = {"warmup_steps": 0, "dense_layers": 0, "min_tokens": 0}
+
+
+def tensors(layout: TokenLayout = LAYOUT, batch: int = 2, heads: int = 2, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, layout.seq_len, heads, 16, generator=generator) for _ in range(3)]
+
+
+def context_of(method: str, layout: TokenLayout = LAYOUT, **options: Any) -> AttentionContext:
+    return make_context(layout, Recipe.from_options(method, **options), "cpu")
+
+
+def token_mask(mask: BlockMask) -> torch.Tensor:
+    """`[batch, heads, seq_len, seq_len]`, for blocks in the model's own order."""
+    dense = mask.to_dense()
+    dense = dense.repeat_interleave(mask.q_block_size, 2).repeat_interleave(mask.kv_block_size, 3)
+    return dense[:, :, : mask.seq_len_q, : mask.seq_len_kv]
+
+
+@pytest.mark.parametrize("method", SELECTING)
+def test_output_is_exact_on_the_selection(method):
+    q, k, v = tensors()
+    context = context_of(method, density=0.3)
+    out, selection = attend(q, k, v, context)
+    assert selection is not None
+    mask = token_mask(selection.block_mask)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) / 4
+    want = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v.double())
+    torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
+    video = slice(LAYOUT.text_before, LAYOUT.text_before + LAYOUT.grid.num_tokens)
+    text = torch.ones(LAYOUT.seq_len, dtype=torch.bool)
+    text[video] = False
+    assert mask[:, :, text].all() and mask[:, :, :, text].all(), "text is dense as rows and as columns"
+    assert 0.25 < float(selection.density) < 0.75
+    assert torch.equal(attend(q, k, v, context)[0], out), "the same input selects the same"
+
+
+def test_forced_blocks_hold_exactly_what_they_should():
+    forced, most = forced_blocks(LAYOUT, 32, 16, 1, "cpu")
+    seq_len, frame = LAYOUT.seq_len, LAYOUT.grid.tokens_per_frame
+    video = range(LAYOUT.text_before, LAYOUT.text_before + LAYOUT.grid.num_tokens)
+    first_frame = range(video.start, video.start + frame)
+    for row in range(forced.shape[2]):
+        queries = range(row * 32, min(row * 32 + 32, seq_len))
+        for column in range(forced.shape[3]):
+            keys = range(column * 16, min(column * 16 + 16, seq_len))
+            text = any(token not in video for token in (*queries, *keys))
+            expected = text or any(key in first_frame for key in keys) or bool(set(queries) & set(keys))
+            assert bool(forced[0, 0, row, column]) == expected, (row, column)
+    video_rows = [row for row in range(forced.shape[2]) if not forced[0, 0, row].all()]
+    assert max(int(forced[0, 0, row].sum()) for row in video_rows) <= most
+
+
+def test_density_counts_real_tokens():
+    q_offsets = torch.tensor([[[0, 5, 5, 20]]], dtype=torch.int32)
+    kv_offsets = torch.tensor([[[0, 12, 20]]], dtype=torch.int32)
+    dense = torch.tensor([[[[True, False], [True, True], [False, True]]]])
+    mask = BlockMask.from_dense(
+        dense,
+        seq_len_q=20,
+        seq_len_kv=20,
+        q_block_size=16,
+        kv_block_size=16,
+        q_offsets=q_offsets,
+        kv_offsets=kv_offsets,
+    )
+    assert float(token_density(mask)) == pytest.approx((5 * 12 + 15 * 8) / 400)
+
+
+class Counting:
+    """A selector that counts its calls."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.calls = inner, 0
+
+    def select(self, query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> Selection:
+        self.calls += 1
+        return self.inner.select(query, key, context)
+
+
+def at_step(context: AttentionContext, step: int, **changes: Any) -> AttentionContext:
+    return dataclasses.replace(context, step_index=step, step_count=10, **changes)
+
+
+def counted(budget: MemoryBudget | None = None, **changes: Any) -> tuple[AttentionContext, Counting]:
+    context = context_of("pooled", density=0.3)
+    assert context.parts is not None
+    counting = Counting(context.parts.selector)
+    parts = dataclasses.replace(context.parts, selector=counting)
+    memory = LayerMemory(budget or MemoryBudget())
+    return dataclasses.replace(context, parts=parts, memory=memory, **changes), counting
+
+
+@pytest.mark.parametrize(("every", "calls"), [(1, 8), (3, 3), (100, 1)])
+def test_refresh_every(every, calls):
+    context, counting = counted(refresh_every=every)
+    used = []
+    for step in range(2, 10):
+        _, selection = attend(*tensors(seed=step), at_step(context, step))
+        used.append(selection)
+    assert counting.calls == calls
+    assert len({id(selection) for selection in used}) == calls
+    # Outside a generation every call stands for itself.
+    attend(*tensors(), dataclasses.replace(context, step_index=None))
+    assert counting.calls == calls + 1
+
+
+def test_another_shape_or_an_earlier_step_forgets():
+    context, counting = counted(refresh_every=100)
+    attend(*tensors(), at_step(context, 3))
+    attend(*tensors(batch=1), at_step(context, 4))
+    attend(*tensors(batch=1), at_step(context, 2))
+    assert counting.calls == 3
+    attend(*tensors(batch=1), at_step(context, 3))
+    assert counting.calls == 3
+
+
+def test_the_budget_holds_and_is_given_back():
+    budget = MemoryBudget(10)
+    context, counting = counted(budget, refresh_every=100)
+    for step in range(3):
+        attend(*tensors(), at_step(context, step))
+    assert counting.calls == 3 and budget.used == 0 and budget.refused == 3
+    budget.limit = None
+    attend(*tensors(), at_step(context, 3))
+    assert budget.used > 0 and context.memory is not None
+    context.memory.clear()
+    assert budget.used == 0
+
+
+def test_a_generation_reuses_per_branch_and_the_next_one_starts_anew(build_pipeline, generate):
+    pipe = build_pipeline()
+    handle = vidsparse.apply(pipe, "pooled", density=0.4, refresh_every=2, **ALWAYS)
+    first = generate(pipe)
+    run = handle._run
+    memories = dict(run._memories)
+    assert {branch for _, branch in memories} == {"cond", "uncond"} and len(memories) == 3 * 2
+    assert run.budget.used > 0
+    assert torch.equal(generate(pipe), first), "nothing of the first video reaches the second"
+    report = handle.report()
+    assert report.num_sparse_calls == report.num_calls == 3 * 4 * 2
+    assert report.sparse_density is not None and 0.4 <= report.sparse_density < 0.7
+    handle.reset()
+    assert run.budget.used == 0
+    handle.remove()
+
+
+def test_too_little_memory_is_said(build_pipeline, generate):
+    pipe = build_pipeline()
+    handle = vidsparse.apply(pipe, "pooled", refresh_every=2, reuse_gib=1e-9, **ALWAYS)
+    generate(pipe)
+    assert any("reuse_gib" in note for note in handle.report().notes)
+    handle.remove()
+
+
+@pytest.mark.parametrize("method", SELECTING)
+def test_images_and_videos_of_every_text_position(method):
+    from vidsparse.testing import CASES
+
+    for name in ("Flux Kontext", "HunyuanVideo", "Mochi"):
+        case = CASES[name]
+        torch.manual_seed(0)
+        model = case.build().eval()
+        inputs = case.inputs(1, torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            stock = model(**inputs, return_dict=False)[0]
+            processor = processor_class(method)(density=1.0, **ALWAYS)
+            model.set_attn_processor(processor)
+            torch.testing.assert_close(model(**inputs, return_dict=False)[0], stock, atol=3e-5, rtol=1e-4)
+            assert processor.report().num_sparse_calls == case.targets
+
+
+@torch.no_grad()
+def test_compiled_blocks_share_one_graph(build_transformer, forward):
+    model = build_transformer(num_layers=12)
+    model.set_attn_processor(vidsparse.PooledProcessor(density=0.3, **ALWAYS))
+    eager = forward(model)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        model.compile_repeated_blocks(fullgraph=True, backend="eager")
+        compiled = forward(model)
+    torch.testing.assert_close(compiled, eager, atol=1e-6, rtol=1e-5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.break_even
+@torch.no_grad()
+def test_on_a_cpu_it_runs_dense_and_says_so(build_transformer, forward):
+    model = build_transformer()
+    stock = forward(model)
+    processor = vidsparse.PooledProcessor(density=0.3, warmup_steps=0)
+    model.set_attn_processor(processor)
+    assert torch.equal(forward(model), stock)
+    assert any("costs more on a CPU" in reason for reason in processor.report().dense_calls)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"density": 0}, r"`density` must be in \(0, 1\], got 0"),
+        ({"top_p": 1.5}, r"`top_p` must be in \(0, 1\], got 1.5"),
+        ({"top_p": 0.9, "density": 0.2}, "not both"),
+        ({"sink_frames": -1}, "`sink_frames` must be a whole number of at least 0, got -1"),
+        ({"refresh_every": 0}, "`refresh_every` must be a whole number of at least 1 step, got 0"),
+        ({"reuse_gib": -1}, "`reuse_gib` must be at least 0, got -1"),
+    ],
+)
+def test_bad_settings(options, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        vidsparse.PooledProcessor(**options)
+
+
+def test_oracle_agrees_on_top_p():
+    q, k, v = tensors(TokenLayout(LatentGrid(4, 8, 8)))
+    layout = TokenLayout(LatentGrid(4, 8, 8))
+    out, selection = attend(q, k, v, context_of("pooled", layout, top_p=0.6))
+    assert selection is not None
+    want = masked_attention_oracle(q, k, v, selection.block_mask)
+    want = want[0] if isinstance(want, tuple) else want
+    torch.testing.assert_close(out.double(), want.double(), atol=1e-5, rtol=1e-5)

@@ -1,0 +1,1 @@
+"""Corrections for what a selection drops, one file each."""

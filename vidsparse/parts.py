@@ -1,0 +1,204 @@
+"""The parts that a method is made of, and what is kept of them from step to step.
+
+A method is a selector (which blocks, in which token order), perhaps a correction for what the selection drops, and a
+schedule. `vidsparse.attention.attend` runs them in one path; a published method is one file that puts parts together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from vidsparse.processors.context import AttentionContext
+    from vidsparse_kernels import BlockMask
+
+
+class Selection:
+    """The blocks of one call and the token orders they stand in.
+
+    Attributes:
+        block_mask: the blocks, over tokens in these orders.
+        q_order, kv_order: None for the model's own order, else int32 `[batch, num_heads, video tokens]`: position p of
+            the video tokens takes token order[p] of them. Text tokens keep their place.
+        text_before, text_after: text tokens that keep their place, where there is an order.
+        details: tensors that a correction may use (centroids, cluster sizes), by name.
+        backend: which kernel ran it and why, once it ran.
+    """
+
+    def __init__(
+        self,
+        block_mask: BlockMask,
+        q_order: torch.Tensor | None = None,
+        kv_order: torch.Tensor | None = None,
+        text_before: int = 0,
+        text_after: int = 0,
+        details: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        self.block_mask = block_mask
+        self.q_order, self.kv_order = q_order, kv_order
+        self.text = {"text_before": text_before, "text_after": text_after}
+        self.details = details or {}
+        self.backend: tuple[str, str] | None = None
+        self._density: torch.Tensor | float | None = None
+
+    @property
+    def density(self) -> torch.Tensor | float:
+        """Computed share of all (query, key) pairs, in real tokens; on the device of the mask, so that nobody waits."""
+        if self._density is None:
+            self._density = token_density(self.block_mask)
+        return self._density
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything that keeping this selection keeps in memory."""
+        mask = self.block_mask
+        kept = (mask.kv_num_blocks, mask.kv_indices, mask.q_offsets, mask.kv_offsets, self.q_order, self.kv_order)
+        return [x for x in (*kept, *self.details.values()) if x is not None]
+
+    def permute(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The tokens in the orders of the mask."""
+        if self.q_order is None or self.kv_order is None:
+            return query, key, value
+        from vidsparse_kernels import permute_tokens
+
+        key, value = permute_tokens((key, value), self.kv_order, **self.text)
+        return permute_tokens(query, self.q_order, **self.text), key, value
+
+    def restore(self, out: torch.Tensor) -> torch.Tensor:
+        """The inverse of the query's order."""
+        if self.q_order is None:
+            return out
+        from vidsparse_kernels import unpermute_tokens
+
+        return unpermute_tokens(out, self.q_order, **self.text)
+
+
+def token_density(mask: BlockMask) -> torch.Tensor | float:
+    """Share of the (query, key) pairs in listed blocks, as a tensor where counting would wait for the device."""
+    if mask.device.type == "cpu":
+        return mask.token_density
+    q_sizes, kv_sizes = mask.offsets("q").diff(dim=-1).float(), mask.offsets("kv").diff(dim=-1).float()
+    listed = torch.arange(mask.kv_indices.shape[-1], device=mask.device) < mask.kv_num_blocks[..., None]
+    lead = mask.kv_indices.shape[:3]
+    per_key = kv_sizes.expand(*lead[:2], -1)[:, :, None, :].expand(*lead, -1)
+    keys = (per_key.gather(3, mask.kv_indices.long()) * listed).sum(-1)
+    pairs = (keys * q_sizes).sum(-1).mean()
+    return pairs / (mask.seq_len_q * mask.seq_len_kv)
+
+
+class Selector(Protocol):
+    """Chooses the blocks of a call."""
+
+    def select(self, query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> Selection:
+        """The selection for `[batch, seq_len, num_heads, head_dim]`; not differentiated, and the same for the same input."""
+        ...
+
+
+class Correction(Protocol):
+    """Makes good some of what a selection drops."""
+
+    needs_lse: bool
+
+    def correct(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        selection: Selection,
+        context: AttentionContext,
+        scale: float,
+        key_bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The corrected output; tokens stand in the order of the selection."""
+        ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A method on one layout and device.
+
+    Attributes:
+        block_mask: the mask of a static method, None where a selector looks at q and k.
+        selector: for every other method.
+        correction: None for plain block-sparse attention.
+    """
+
+    block_mask: BlockMask | None = None
+    selector: Selector | None = None
+    correction: Correction | None = None
+
+    @property
+    def is_static(self) -> bool:
+        """Whether a call is one block-sparse attention over a mask known beforehand."""
+        return self.block_mask is not None and self.correction is None
+
+
+@dataclass
+class LayerMemory:
+    """What one layer keeps between the steps of one generation, for one guidance branch.
+
+    Attributes:
+        budget: shared by all memories of a run.
+        kept: by name.
+        step: step in which the selection was made.
+    """
+
+    budget: MemoryBudget
+    kept: dict[str, Any] = field(default_factory=dict)
+    step: int | None = None
+    _signature: tuple[Any, ...] | None = None
+    _sizes: dict[str, int] = field(default_factory=dict)
+
+    def open(self, query: torch.Tensor, layout: Any) -> None:
+        """Forget everything when the call is of another shape than the last one."""
+        signature = (tuple(query.shape), query.dtype, str(query.device), layout)
+        if signature != self._signature:
+            self.clear()
+            self._signature = signature
+
+    def get(self, name: str) -> Any:
+        return self.kept.get(name)
+
+    def keep(self, name: str, value: Any, tensors: list[torch.Tensor]) -> bool:
+        """Keep something for later steps; False, with a note in the report, where the budget has no room for it."""
+        size = sum(x.numel() * x.element_size() for x in tensors)
+        if not self.budget.take(size - self._sizes.get(name, 0)):
+            self.drop(name)
+            return False
+        self.kept[name], self._sizes[name] = value, size
+        return True
+
+    def drop(self, name: str) -> None:
+        self.kept.pop(name, None)
+        self.budget.take(-self._sizes.pop(name, 0))
+
+    def clear(self) -> None:
+        for name in list(self.kept):
+            self.drop(name)
+        self.step = None
+
+
+class MemoryBudget:
+    """Bytes that reuse may keep over all layers and branches of a run.
+
+    Attributes:
+        limit: bytes, None for no limit.
+        used: bytes now.
+        refused: times that something had no room.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit, self.used, self.refused = limit, 0, 0
+
+    def take(self, size: int) -> bool:
+        if size > 0 and self.limit is not None and self.used + size > self.limit:
+            self.refused += 1
+            return False
+        self.used += size
+        return True

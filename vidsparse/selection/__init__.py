@@ -1,0 +1,1 @@
+"""Block selection from query and key, one file each."""

@@ -1,0 +1,101 @@
+"""Uniform blocks chosen by the product of their mean query and mean key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+
+from vidsparse.layout import TokenLayout
+from vidsparse.parts import Selection
+
+if TYPE_CHECKING:
+    from vidsparse.processors.context import AttentionContext
+
+
+def block_sizes(seq_len: int) -> tuple[int, int]:
+    """Query and key block sizes for a length: 128 and 64, smaller where that would leave less than 64 key blocks."""
+    size = 64
+    while size > 16 and seq_len < 64 * size:
+        size //= 2
+    return 2 * size, size
+
+
+def forced_blocks(
+    layout: TokenLayout, q_block_size: int, kv_block_size: int, sink_frames: int, device: torch.device | str
+) -> tuple[torch.Tensor, int]:
+    """Blocks that every selection has: text as rows and columns, the first frames, each query block's own position.
+
+    Returns:
+        Bool `[1, 1, num_q_blocks, num_kv_blocks]`, and the most that a row without text has.
+    """
+    starts = torch.arange(0, layout.seq_len, q_block_size, device=device)
+    ends = (starts + q_block_size).clamp(max=layout.seq_len)
+    kv_starts = torch.arange(0, layout.seq_len, kv_block_size, device=device)
+    kv_ends = (kv_starts + kv_block_size).clamp(max=layout.seq_len)
+    video = (layout.text_before, layout.text_before + layout.grid.num_tokens)
+    sink_end = video[0] + sink_frames * layout.grid.tokens_per_frame
+    columns = (kv_starts < (sink_end if sink_frames else video[0])) | (kv_ends > video[1])
+    rows = (starts < video[0]) | (ends > video[1])
+    own = (starts[:, None] < kv_ends[None]) & (ends[:, None] > kv_starts[None])
+    most = int(columns.sum()) + -(-q_block_size // kv_block_size) + 1
+    return (rows[:, None] | columns[None] | own)[None, None], most
+
+
+@dataclass(frozen=True)
+class PooledSelector:
+    """The best key blocks of each query block by mean query times mean key, text dense.
+
+    Attributes:
+        layout: the tokens.
+        device: of the calls.
+        density: share of the key blocks, forced ones included; or None.
+        top_p: least softmax mass of the pooled scores, or None; one of the two is given.
+        sink_frames: first latent frames that every query sees.
+        random_seed: choose at random with this seed in place of the scores; the same blocks in every step.
+    """
+
+    layout: TokenLayout
+    device: torch.device | str
+    density: float | None
+    top_p: float | None
+    sink_frames: int = 0
+    random_seed: int | None = None
+
+    @cached_property
+    def sizes(self) -> tuple[int, int]:
+        return block_sizes(self.layout.seq_len)
+
+    @cached_property
+    def _forced(self) -> tuple[torch.Tensor, int | None]:
+        with torch.inference_mode(False):
+            forced, most = forced_blocks(self.layout, *self.sizes, self.sink_frames, self.device)
+        # Rows of text list every block.
+        return forced, None if self.layout.text_len else most
+
+    def select(self, query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> Selection:
+        from vidsparse_kernels import pool_blocks, score_blocks, select_blocks
+
+        q_size, kv_size = self.sizes
+        if self.random_seed is None:
+            q_pooled, k_pooled = pool_blocks(query, q_size)["mean"], pool_blocks(key, kv_size)["mean"]
+            scores = score_blocks(q_pooled, k_pooled)
+        else:
+            generator = torch.Generator().manual_seed(self.random_seed * 10_007 + context.layer_index)
+            blocks = [-(-query.shape[1] // size) for size in self.sizes]
+            scores = torch.randn(1, query.shape[2], *blocks, generator=generator).to(query.device)
+        forced, most = self._forced
+        mask = select_blocks(
+            scores,
+            seq_len_q=query.shape[1],
+            seq_len_kv=key.shape[1],
+            q_block_size=q_size,
+            kv_block_size=kv_size,
+            density=self.density,
+            top_p=self.top_p,
+            forced=forced,
+            max_forced=most,
+        )
+        return Selection(mask)
