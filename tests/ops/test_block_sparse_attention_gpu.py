@@ -110,7 +110,9 @@ def test_no_block_at_all():
 
 def test_offsets_beyond_int32():
     seq_len, num_heads, head_dim = 150_000, 128, 128
-    q, k, v = (torch.randn(1, seq_len, num_heads, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    # Views into one array, so that the inputs have gaps between heads; the output has none.
+    fused = torch.randn(1, seq_len, num_heads, 3 * head_dim, device="cuda", dtype=torch.bfloat16)
+    q, k, v = fused.split(head_dim, -1)
     assert q.numel() > 2**31
     blocks = -(-seq_len // 128)
     lists = torch.arange(blocks, device="cuda").view(1, 1, -1, 1)
@@ -338,7 +340,9 @@ def test_gradient_offsets_beyond_int32():
     from vidsparse_kernels.block_sparse_attention.forward import triton_forward
 
     seq_len, num_heads, head_dim = 150_000, 128, 128
-    q, k, v = (torch.randn(1, seq_len, num_heads, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    # Views into one array, so that the inputs have gaps between heads; the output has none.
+    fused = torch.randn(1, seq_len, num_heads, 3 * head_dim, device="cuda", dtype=torch.bfloat16)
+    q, k, v = fused.split(head_dim, -1)
     assert q.numel() > 2**31
     blocks = -(-seq_len // 128)
     mask = BlockMask.from_indices(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vidsparse_kernels import UnsupportedBackendError, block_sparse_attention, select_backend
+from vidsparse_kernels import BlockMask, UnsupportedBackendError, block_sparse_attention, select_backend
 from vidsparse_kernels.testing import assert_close_to_oracle, make_block_mask, make_qkv, masked_attention_oracle
 
 SOURCE_ROOT = Path(__file__).parents[2] / "kernels" / "torch-ext"
@@ -122,6 +122,30 @@ def test_more_q_tiles_than_multiprocessors():
         empty_rows=True, full_rows=True, device="cuda",
     )  # fmt: skip
     check(q, k, v, mask)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_offsets_beyond_int32():
+    """Views into one array; each q-block lists the kv-block of its own tokens."""
+    seq_len, num_heads, head_dim = 150_000, 128, 128
+    fused = torch.randn(1, seq_len, num_heads, 3 * head_dim, device="cuda", dtype=torch.bfloat16)
+    q, k, v = fused.split(head_dim, -1)
+    assert q.numel() > 2**31
+    blocks = -(-seq_len // 128)
+    mask = BlockMask.from_indices(
+        torch.ones(1, 1, blocks, device="cuda", dtype=torch.int32),
+        torch.arange(blocks, device="cuda").view(1, 1, -1, 1),
+        seq_len_q=seq_len, seq_len_kv=seq_len, q_block_size=128, kv_block_size=128,
+    )  # fmt: skip
+    out, lse = block_sparse_attention(q, k, v, mask, return_lse=True, backend="hopper")
+    tail = slice(seq_len - seq_len % 128, None)
+    local = BlockMask.full(seq_len % 128, seq_len % 128, q_block_size=128, kv_block_size=128, device="cuda")
+    (truth, truth_lse), (eager, eager_lse) = (
+        masked_attention_oracle(q[:, tail], k[:, tail], v[:, tail], local, dtype=d) for d in (torch.float64, q.dtype)
+    )
+    assert_close_to_oracle(out[:, tail], eager, truth)
+    assert_close_to_oracle(lse[:, :, tail], eager_lse, truth_lse, name="lse")
 
 
 @pytest.mark.gpu

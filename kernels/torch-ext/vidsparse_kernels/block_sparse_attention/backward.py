@@ -85,13 +85,31 @@ def block_sparse_backward_rows_kernel(
 
 
 @triton.jit
+def _add_product(acc, low, a, b, REFINE: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a b. REFINE: what that sum rounds off goes into `low`, with which the next product starts.
+
+    Products on the plain cores add one term at a time: without this all the tokens of all the heads of a group are one
+    chain, whose rounding grows with its length (Kahan 1965). As `low` is not a constant, the compiler cannot make the
+    chain one again by starting the product from `acc`.
+    """
+    if REFINE:
+        product = tl.dot(a, b, low, input_precision=PRECISION)
+        total = acc + product
+        low = product - (total - acc)
+        acc = total
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc, low
+
+
+@triton.jit
 def _add_grad_query(
-    acc, mass, q, grad_o, lse, delta, key, value, bias_ptr, batch, kv_head, start_n, end_n, qk_scale_log2,
+    acc, low, mass, q, grad_o, lse, delta, key, value, bias_ptr, batch, kv_head, start_n, end_n, qk_scale_log2,
     key_stride_s, key_stride_d, value_stride_s, value_stride_d,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr,
     DESCRIPTORS: tl.constexpr, RAGGED: tl.constexpr, REFINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add dS K of the keys start_n .. start_n + BLOCK_N, where RAGGED up to end_n, onto `acc`, still without the scale.
+    """Add dS K of the keys start_n .. start_n + BLOCK_N, where RAGGED up to end_n, onto `acc` + `low`, without the scale.
 
     REFINE: add up the probabilities in `mass`.
     """
@@ -123,7 +141,8 @@ def _add_grad_query(
                 weights = tl.where((columns < end_n)[None, :], weights, 0.0)
     if REFINE:
         mass += tl.sum(weights, 1)
-    return tl.dot(grad_logits.to(k.dtype), k, acc, input_precision=PRECISION), mass
+    acc, low = _add_product(acc, low, grad_logits.to(k.dtype), k, REFINE, PRECISION)
+    return acc, low, mass
 
 
 @triton.jit(do_not_specialize=[*SHAPE_INTEGERS, "indices_stride_m", "num_q_tiles"])
@@ -201,6 +220,7 @@ def block_sparse_backward_query_kernel(
         lse = tl.load(lse_ptr + rows)
         delta = tl.load(delta_ptr + rows)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    low = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
 
     TILES: tl.constexpr = 1 if VARIABLE else KV_BLOCK // BLOCK_N  # pyright: ignore[reportAssignmentType]
@@ -226,23 +246,23 @@ def block_sparse_backward_query_kernel(
         else:
             start_n = entry * KV_BLOCK + (tile % TILES) * BLOCK_N
             end_n = seq_len_kv
-        acc, mass = _add_grad_query(
-            acc, mass, q, grad_o, lse, delta, key, value, bias_ptr, batch, kv_head, start_n, end_n, qk_scale_log2,
+        acc, low, mass = _add_grad_query(
+            acc, low, mass, q, grad_o, lse, delta, key, value, bias_ptr, batch, kv_head, start_n, end_n, qk_scale_log2,
             key_stride_s, key_stride_d, value_stride_s, value_stride_d,
             HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, VARIABLE, REFINE, PRECISION,
         )  # fmt: skip
     if RAGGED_KV and not VARIABLE:
         if num_whole < num_tiles:
             start_n = last * KV_BLOCK + (num_whole % TILES) * BLOCK_N
-            acc, mass = _add_grad_query(
-                acc, mass, q, grad_o, lse, delta, key, value, bias_ptr, batch, kv_head, start_n, seq_len_kv, qk_scale_log2,
-                key_stride_s, key_stride_d, value_stride_s, value_stride_d,
+            acc, low, mass = _add_grad_query(
+                acc, low, mass, q, grad_o, lse, delta, key, value, bias_ptr, batch, kv_head, start_n, seq_len_kv,
+                qk_scale_log2, key_stride_s, key_stride_d, value_stride_s, value_stride_d,
                 HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, True, REFINE, PRECISION,  # pyright: ignore[reportArgumentType]
             )  # fmt: skip
 
     if REFINE:
         inverse = tl.where(mass > 0.0, 1.0 / mass, 0.0)
-        acc *= inverse[:, None]
+        acc = (acc + low) * inverse[:, None]
         tl.store(inverse_ptr + rows, inverse, mask=tokens < end_m)
     dims = tl.arange(0, BLOCK_D)
     grad_query += wide_batch * grad_query_stride_b + wide_head * grad_query_stride_h
@@ -253,7 +273,7 @@ def block_sparse_backward_query_kernel(
 
 @triton.jit
 def _add_grad_key_value(
-    acc_k, acc_v, k, v, bias, query, grad_out, lse_ptr, delta_ptr, inverse_ptr, batch, head, start_m, end_m,
+    acc_k, acc_v, low_k, low_v, k, v, bias, query, grad_out, lse_ptr, delta_ptr, inverse_ptr, batch, head, start_m, end_m,
     qk_scale_log2, query_stride_s, query_stride_d, grad_out_stride_s, grad_out_stride_d,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr,
     DESCRIPTORS: tl.constexpr, RAGGED: tl.constexpr, VARIABLE: tl.constexpr, REFINE: tl.constexpr,
@@ -291,10 +311,10 @@ def _add_grad_key_value(
         weights = tl.exp2(logits * qk_scale_log2 - lse[None, :])
     if REFINE:
         weights *= tl.load(inverse_ptr + rows, mask=rows < end_m, other=0.0)[None, :]
-    acc_v = tl.dot(weights.to(grad_o.dtype), grad_o, acc_v, input_precision=PRECISION)
+    acc_v, low_v = _add_product(acc_v, low_v, weights.to(grad_o.dtype), grad_o, REFINE, PRECISION)
     grad_logits = weights * (grad_weights - delta[None, :])
-    acc_k = tl.dot(grad_logits.to(q.dtype), q, acc_k, input_precision=PRECISION)
-    return acc_k, acc_v
+    acc_k, low_k = _add_product(acc_k, low_k, grad_logits.to(q.dtype), q, REFINE, PRECISION)
+    return acc_k, acc_v, low_k, low_v
 
 
 @triton.jit(do_not_specialize=[*SHAPE_INTEGERS, "indices_stride_n", "num_kv_tiles"])
@@ -359,6 +379,8 @@ def block_sparse_backward_key_value_kernel(
     tokens = start_n + tl.arange(0, BLOCK_N)
     acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     acc_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    low_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    low_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
     TILES: tl.constexpr = 1 if VARIABLE else Q_BLOCK // BLOCK_M  # pyright: ignore[reportAssignmentType]
     for member in tl.range(0, MEMBERS):  # pyright: ignore[reportGeneralTypeIssues]
@@ -403,8 +425,8 @@ def block_sparse_backward_key_value_kernel(
             else:
                 start_m = entry * Q_BLOCK + (tile % TILES) * BLOCK_M
                 end_m = seq_len_q
-            acc_k, acc_v = _add_grad_key_value(
-                acc_k, acc_v, k, v, bias, queries, grads, lse_ptr + row_start, delta_ptr + row_start,
+            acc_k, acc_v, low_k, low_v = _add_grad_key_value(
+                acc_k, acc_v, low_k, low_v, k, v, bias, queries, grads, lse_ptr + row_start, delta_ptr + row_start,
                 inverse_ptr + row_start, batch, head, start_m, end_m, qk_scale_log2,
                 query_stride_s, query_stride_d, grad_out_stride_s, grad_out_stride_d,
                 HEAD_DIM, BLOCK_M, BLOCK_D, HAS_BIAS, DESCRIPTORS, VARIABLE, VARIABLE, REFINE, PRECISION,
@@ -412,13 +434,16 @@ def block_sparse_backward_key_value_kernel(
         if RAGGED_Q and not VARIABLE:
             if num_whole < num_tiles:
                 start_m = last * Q_BLOCK + (num_whole % TILES) * BLOCK_M
-                acc_k, acc_v = _add_grad_key_value(
-                    acc_k, acc_v, k, v, bias, queries, grads, lse_ptr + row_start, delta_ptr + row_start,
+                acc_k, acc_v, low_k, low_v = _add_grad_key_value(
+                    acc_k, acc_v, low_k, low_v, k, v, bias, queries, grads, lse_ptr + row_start, delta_ptr + row_start,
                     inverse_ptr + row_start, batch, head, start_m, seq_len_q, qk_scale_log2,
                     query_stride_s, query_stride_d, grad_out_stride_s, grad_out_stride_d,
                     HEAD_DIM, BLOCK_M, BLOCK_D, HAS_BIAS, DESCRIPTORS, True, False, REFINE, PRECISION,  # pyright: ignore[reportArgumentType]
                 )  # fmt: skip
 
+    if REFINE:
+        acc_k += low_k
+        acc_v += low_v
     dims = tl.arange(0, BLOCK_D)
     offsets = wide_batch * grad_key_stride_b + wide_owner * grad_key_stride_h
     offsets += tokens.to(tl.int64)[:, None] * grad_key_stride_s + dims[None, :]
