@@ -11,8 +11,12 @@ if TYPE_CHECKING:
     from vidsparse.attention import make_context, sparse_attention
     from vidsparse.layout import LatentGrid, TokenLayout
     from vidsparse.methods.dense import DenseProcessor
+    from vidsparse.methods.pisa import PisaProcessor
     from vidsparse.methods.pooled import PooledProcessor
     from vidsparse.methods.radial import RadialConfig, RadialProcessor
+    from vidsparse.methods.semantic import SemanticProcessor, SVG2Processor
+    from vidsparse.methods.sparse_linear import SLAProcessor, SparseLinearProcessor
+    from vidsparse.methods.vidsparse import VidsparseProcessor
     from vidsparse.processors.apply import Handle, apply
     from vidsparse.recipe import Recipe
     from vidsparse.report import Report
@@ -22,13 +26,19 @@ _HOMES = {
     "DenseProcessor": "vidsparse.methods.dense",
     "Handle": "vidsparse.processors.apply",
     "LatentGrid": "vidsparse.layout",
+    "PisaProcessor": "vidsparse.methods.pisa",
     "PooledProcessor": "vidsparse.methods.pooled",
     "RadialConfig": "vidsparse.methods.radial",
     "RadialProcessor": "vidsparse.methods.radial",
     "Recipe": "vidsparse.recipe",
     "Report": "vidsparse.report",
+    "SLAProcessor": "vidsparse.methods.sparse_linear",
+    "SVG2Processor": "vidsparse.methods.semantic",
     "Schedule": "vidsparse.schedule",
+    "SemanticProcessor": "vidsparse.methods.semantic",
+    "SparseLinearProcessor": "vidsparse.methods.sparse_linear",
     "TokenLayout": "vidsparse.layout",
+    "VidsparseProcessor": "vidsparse.methods.vidsparse",
     "apply": "vidsparse.processors.apply",
     "make_context": "vidsparse.attention",
     "sparse_attention": "vidsparse.attention",
@@ -38,13 +48,19 @@ __all__ = [
     "DenseProcessor",
     "Handle",
     "LatentGrid",
+    "PisaProcessor",
     "PooledProcessor",
     "RadialConfig",
     "RadialProcessor",
     "Recipe",
     "Report",
+    "SLAProcessor",
+    "SVG2Processor",
     "Schedule",
+    "SemanticProcessor",
+    "SparseLinearProcessor",
     "TokenLayout",
+    "VidsparseProcessor",
     "__version__",
     "apply",
     "make_context",

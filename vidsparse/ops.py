@@ -7,6 +7,7 @@ here and not in vidsparse_kernels, which may be loaded several times under diffe
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -16,6 +17,9 @@ from vidsparse_kernels import BlockMask, block_sparse_attention, select_backend
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+KEPT = "_vidsparse_mask"
+"""Attribute of a mask's `kv_indices` that holds the mask."""
 
 
 @overload
@@ -61,7 +65,7 @@ def block_sparse_attention_op(
 
     Args:
         query, key, value: `[batch, seq_len, num_heads, head_dim]`.
-        block_mask: on the device of `query`.
+        block_mask: on the device of `query`; see also `keep_transposed_lists`.
         scale: factor on query . key, default 1 / sqrt(head_dim).
         key_bias: fp32 `[batch | 1, num_heads | 1, seq_len]` added to the logits, not differentiated.
         return_lse: also return the logsumexp of the logits.
@@ -91,6 +95,20 @@ def block_sparse_attention_op(
         return_lse or needs_grad,
     )
     return (out, lse) if return_lse else out
+
+
+def keep_transposed_lists(block_mask: BlockMask) -> None:
+    """Make the lists that the backward walks once, instead of in every compiled backward.
+
+    To be called outside compiled code, where gradients will be needed and the mask will be used again. Mask and lists
+    are kept on `block_mask.kv_indices`, an input of the operator; it finds them there as long as the compiled code is
+    given this tensor itself and not a copy.
+
+    Args:
+        block_mask: on the device of the calls.
+    """
+    block_mask.transpose()
+    setattr(block_mask.kv_indices, KEPT, block_mask)
 
 
 @torch.library.custom_op("vidsparse::block_sparse_attention", mutates_args=())
@@ -241,12 +259,17 @@ def _mask(
     q_block_size: int,
     kv_block_size: int,
 ) -> BlockMask:
-    # What a backend plans for a mask is kept on the mask, and the mask on its own tensor.
     sizes = (query.shape[1], key.shape[1], q_block_size, kv_block_size)
-    tensors = (kv_num_blocks, q_offsets, kv_offsets)
-    kept = getattr(kv_indices, "_vidsparse_mask", None)
-    if kept is not None and kept[0] == sizes and all(a is b for a, b in zip(kept[1], tensors, strict=True)):
-        return kept[2]
+    kept: BlockMask | None = getattr(kv_indices, KEPT, None)
+    if kept is not None:
+        kept_sizes = (kept.seq_len_q, kept.seq_len_kv, kept.q_block_size, kept.kv_block_size)
+        same_lists = kept.kv_num_blocks is kv_num_blocks
+        same_offsets = kept.q_offsets is q_offsets and kept.kv_offsets is kv_offsets
+        if kept_sizes == sizes and same_lists and same_offsets:
+            # What is made on a GPU during a call may lie in the memory of a CUDA graph, and must not outlive the call.
+            return kept if kv_indices.device.type == "cpu" else replace(kept, _cache=dict(kept._cache))
     mask = BlockMask(kv_num_blocks, kv_indices, *sizes, q_offsets=q_offsets, kv_offsets=kv_offsets)
-    kv_indices._vidsparse_mask = (sizes, tensors, mask)  # pyright: ignore[reportAttributeAccessIssue]
+    if kv_indices.device.type == "cpu":
+        # Plans for CPUs take long to make.
+        setattr(kv_indices, KEPT, mask)
     return mask

@@ -127,11 +127,13 @@ class Parts:
         block_mask: the mask of a static method, None where a selector looks at q and k.
         selector: for every other method.
         correction: None for plain block-sparse attention.
+        density: what a selector will take, where that is known before seeing q and k.
     """
 
     block_mask: BlockMask | None = None
     selector: Selector | None = None
     correction: Correction | None = None
+    density: float | None = None
 
     @property
     def is_static(self) -> bool:

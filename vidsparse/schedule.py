@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from vidsparse.checks import is_whole
 from vidsparse.errors import ConfigError
-
-MIN_TOKENS: Mapping[str, int] = MappingProxyType({"cuda": 8192, "cpu": 0})
-"""Default of `Schedule.min_tokens` by device type; 0 for any other, where nothing was measured.
-
-cuda: on an H200 (bf16, kernel alone), 8,192 tokens of 12 heads run 3 times as fast at density 0.2
-    (`benchmarks/results/2026-11-23-h200-block-sparse.json`), and 5,040 tokens of 4 heads gain nothing. Where between
-    the two the gain begins was not measured, nor was any GPU but that one.
-cpu: what sparse attention gains there depends on density and block size more than on length, so each mask is judged by
-    itself (`SparseProcessor.slow_reason`).
-"""
 
 ASSUMED_WARMUP_STEPS = 12
 """Warm-up when nobody says how many steps there are: 12 of 50, as in Radial Attention (arXiv 2506.19852, section 5)."""
@@ -48,8 +36,8 @@ class Schedule:
             every step selects anew). For methods that select from query and key; a static mask never changes.
         reuse_gib: most memory that reuse may keep, in GiB over all layers and branches; layers that find no room
             select in every step and the report says so. Default None: no limit.
-        min_tokens: sequences shorter than this run dense, in tokens; 0 never. None (default): in generations the
-            measured `MIN_TOKENS` of the device's type, in training 0.
+        min_tokens: sequences shorter than this run dense, in tokens; 0 never. None (default): in generations a call runs
+            dense where that is estimated to be faster (`vidsparse.break_even`), in training nothing does.
 
     Raises:
         ConfigError: a number is negative.
@@ -96,15 +84,12 @@ class Schedule:
             return COOLDOWN
         return None
 
-    def short_reason(self, step_index: int | None, seq_len: int, device_type: str) -> str | None:
-        """Why a sequence is too short to run sparse, or None. Arguments as for `dense_reason`."""
-        if self.min_tokens is not None:
-            return SHORT if seq_len < self.min_tokens else None
-        least = 0 if step_index is None else MIN_TOKENS.get(device_type, 0)
-        return f"below {least:,} tokens, where dense is faster" if seq_len < least else None
+    def short_reason(self, seq_len: int) -> str | None:
+        """Why a sequence is too short to run sparse, or None."""
+        return SHORT if self.min_tokens is not None and seq_len < self.min_tokens else None
 
     def dense_reason(
-        self, step_index: int | None, num_steps: int | None, layer_index: int, seq_len: int, device_type: str = "cpu"
+        self, step_index: int | None, num_steps: int | None, layer_index: int, seq_len: int
     ) -> str | None:
         """Why one attention call runs dense, or None when it may be sparse.
 
@@ -113,11 +98,10 @@ class Schedule:
             num_steps: steps of the generation, None when not known.
             layer_index: position among the model's sparse-capable layers.
             seq_len: tokens of the sequence.
-            device_type: where it runs, "cuda" or "cpu" for instance.
         """
         reason = self.step_reason(step_index, num_steps)
         if reason is not None:
             return reason
         if layer_index < self.dense_layers:
             return DENSE_LAYER
-        return self.short_reason(step_index, seq_len, device_type)
+        return self.short_reason(seq_len)

@@ -28,6 +28,7 @@ from .outputs import is_folder, name_output
 from .progress import Observer, StepClock
 from .prompts import prompt_notes
 from .provenance import input_hashes, model_identity, with_absolute_paths
+from .ranks import check_processes, indivisible, is_first, joined, with_same_seeds
 from .runfile import FORMAT, FORMAT_VERSION, compact_report, json_path, versions, write_json
 from .settings import GenerateSettings
 from .video import VideoWriter, check_output, target_of
@@ -156,11 +157,22 @@ def generate_many(
 ) -> Generator[Result, None, None]:
     """Generate several videos that share model and method, loading once. Yields each as soon as it is written.
 
-    All settings and outputs are checked before the weights are loaded.
+    All settings and outputs are checked before the weights are loaded. With `ulysses_degree`, every process must call
+    this; all yield results, and the first process writes them.
     """
-    observer = observer or Observer()
     if not batch:
         return
+    degree, device = batch[0].ulysses_degree, batch[0].device
+    check_processes(degree, device)
+    with joined(degree, resolve_device(device)):
+        if degree > 1:
+            batch = with_same_seeds(batch)
+        yield from _generate_many(batch, output, observer or Observer(), loaded)
+
+
+def _generate_many(
+    batch: Sequence[GenerateSettings], output: str | Path | None, observer: Observer, loaded: LoadedPipeline | None
+) -> Generator[Result, None, None]:
     info = loaded.info if loaded is not None else inspect_model(batch[0].model)
     runs = _prepare(batch, info, str(output) if output is not None else None)
     first = runs[0].settings
@@ -179,6 +191,7 @@ def generate_many(
                 compile=first.compile,
                 loras=first.loras,
                 flow_shift=first.flow_shift,
+                ulysses_degree=first.ulysses_degree,
             )
         handle = _attach(loaded.pipe, first)
     stages.leave()
@@ -245,6 +258,12 @@ def _run_one(run: _Run, loaded: LoadedPipeline, handle: Any, observer: Observer)
     with _explain(stages, settings, loaded.info):
         frames = _frames(run, loaded, handle, stages)
         report = None
+        if not is_first(settings.ulysses_degree):
+            for _ in frames:
+                pass
+            report = vidsparse.Report.merged([handle.report()]) if handle is not None else None
+            document = _document(run, loaded, report)
+            return Result(run.path, json_path(run.path), settings, document, report, run.timings, tuple(run.notes))
         with VideoWriter(run.path, settings.fps or 16, settings.num_frames) as writer:
             _write_stream(writer, frames, stages, run.timings)
             stages.enter("write")
@@ -354,7 +373,8 @@ def _frames(run: _Run, loaded: LoadedPipeline, handle: Any, stages: _Stages) -> 
             stages.enter("decode", run.settings.num_frames)
         return tensors
 
-    streamed = can_stream(pipe)
+    first = is_first(run.settings.ulysses_degree)
+    streamed = can_stream(pipe) or not first
     stages.enter("encode")
     models = [m for m in (getattr(pipe, "transformer", None), getattr(pipe, "transformer_2", None)) if m is not None]
     hooks = [model.register_forward_pre_hook(denoising_begins) for model in models]
@@ -367,7 +387,9 @@ def _frames(run: _Run, loaded: LoadedPipeline, handle: Any, stages: _Stages) -> 
     finally:
         for hook in hooks:
             hook.remove()
-    if streamed:
+    if not first:
+        stages.leave()  # The first process decodes.
+    elif streamed:
         yield from stream_frames(pipe, output.frames, loaded.device)
         pipe.maybe_free_model_hooks()
     else:
@@ -413,6 +435,11 @@ def _explain(stages: _Stages, settings: GenerateSettings, info: ModelInfo) -> It
             raise
         if is_out_of_memory(error):
             raise OutOfMemory(memory_advice(stages.current, settings, info)) from error
+        if indivisible(error):
+            raise ConfigError(
+                f"The tokens of {settings.num_frames} frames of {settings.width}x{settings.height} cannot be shared "
+                f"evenly by {settings.ulysses_degree} processes; choose another --size, --frames or --ulysses-degree."
+            ) from error
         if settings.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(

@@ -11,6 +11,7 @@ from .bundled import BUNDLED_MODEL
 from .device import resolve_device, resolve_dtype, resolve_offload, resolve_vae_dtype
 from .lora import LoraSpec, check_lora_files, load_loras
 from .model_info import ModelInfo, inspect_model, looks_like_folder, unreachable
+from .ranks import split_over_ranks
 from .weights import check_weights
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ def load_pipeline(
     compile: bool = False,
     loras: tuple[LoraSpec, ...] = (),
     flow_shift: float | None = None,
+    ulysses_degree: int = 1,
 ) -> LoadedPipeline:
     """Load a pipeline ready to generate.
 
@@ -162,6 +164,7 @@ def load_pipeline(
         compile: compile the transformer's repeated blocks.
         loras: adapters to attach.
         flow_shift: timestep shift; None keeps the model's own.
+        ulysses_degree: processes that share tokens and heads; each of them must call this.
 
     Raises:
         ModelLoadError, UnsupportedModelError, ConfigError: one sentence each.
@@ -179,6 +182,8 @@ def load_pipeline(
     free = torch.cuda.mem_get_info(resolved_device)[0] if resolved_device.type == "cuda" else None
     mode = resolve_offload(offload, resolved_device, _component_bytes(pipe), free)
     _place(pipe, mode, resolved_device)
+    if ulysses_degree > 1:
+        split_over_ranks(pipe, ulysses_degree, resolved_device)
     if vae_tiling:
         if not hasattr(pipe.vae, "enable_tiling"):
             raise ConfigError(f"This model's VAE ({type(pipe.vae).__name__}) has no tiling; leave --vae-tiling out.")

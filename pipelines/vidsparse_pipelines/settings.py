@@ -16,6 +16,7 @@ from .lora import LoraSpec
 MAX_FRAMES = 10_000
 MAX_PIXELS_PER_SIDE = 8192
 MAX_STEPS = 1000
+MAX_PROCESSES = 1024
 
 
 def _whole(name: str, value: object, low: int, high: int) -> None:
@@ -59,6 +60,7 @@ class GenerateSettings:
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         strict: fail instead of running dense where sparse was asked for.
+        ulysses_degree: processes that share the attention heads of one video, started by torchrun, a GPU each.
 
     Raises:
         ConfigError: a value is outside what is allowed.
@@ -85,6 +87,7 @@ class GenerateSettings:
     dtype: str = "auto"
     device: str = "auto"
     strict: bool = False
+    ulysses_degree: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
@@ -105,6 +108,7 @@ class GenerateSettings:
         _number("guidance_scale", self.guidance_scale, 0, 100)
         _number("flow_shift", self.flow_shift, 0.01, 100)
         _whole("seed", self.seed, 0, 2**63 - 1)
+        _whole("ulysses_degree", self.ulysses_degree, 1, MAX_PROCESSES)
         _number("fps", self.fps, 0.1, 240)
         if self.offload not in OFFLOADS:
             raise ConfigError(f"The offload mode {self.offload!r} is unknown; use one of {', '.join(OFFLOADS)}.")

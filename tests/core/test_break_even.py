@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 import vidsparse
 from vidsparse import LatentGrid
+from vidsparse.break_even import CallShape, relative_cost
 from vidsparse.errors import DenseFallbackError
 from vidsparse_kernels import BlockMask
-from vidsparse_kernels.block_sparse_attention.sdpa import relative_cost
+from vidsparse_kernels.block_sparse_attention.sdpa import relative_cost as cost_on_cpu
 
 pytestmark = pytest.mark.break_even
 
 
 def test_the_estimate_orders_masks():
     dense = BlockMask.full(2016, 2016, q_block_size=64, kv_block_size=64)
-    assert relative_cost(dense, torch.float32) == pytest.approx(1.0, abs=0.01)
+    assert cost_on_cpu(dense, torch.float32) == pytest.approx(1.0, abs=0.01)
     near = (torch.arange(32)[:, None] - torch.arange(32)).abs() <= 2
     window = BlockMask.from_dense(near[None, None], seq_len_q=2016, seq_len_kv=2016, q_block_size=64, kv_block_size=64)
-    assert relative_cost(window, torch.float32) < 0.6
+    assert cost_on_cpu(window, torch.float32) < 0.6
     scattered = torch.rand(1, 1, 126, 126, generator=torch.Generator().manual_seed(0)) < 0.5
     slow = BlockMask.from_dense(scattered, seq_len_q=2016, seq_len_kv=2016, q_block_size=16, kv_block_size=16)
-    assert relative_cost(slow, torch.float32) > 1 and relative_cost(slow, torch.bfloat16) > 1
+    assert cost_on_cpu(slow, torch.float32) > 1 and cost_on_cpu(slow, torch.bfloat16) > 1
 
 
 def test_a_slow_mask_runs_dense_and_is_reported(build_pipeline, generate):
@@ -31,7 +35,7 @@ def test_a_slow_mask_runs_dense_and_is_reported(build_pipeline, generate):
     generate(pipe)
     report = handle.report()
     assert report.num_sparse_calls == 0
-    reasons = [reason for reason in report.dense_calls if reason.startswith("dense is faster than blocks of 16 here")]
+    reasons = [reason for reason in report.dense_calls if reason.startswith("dense is faster at 320 tokens and density")]
     assert len(reasons) == 1 and report.dense_calls[reasons[0]] == 2 * 3 * 2
     assert handle.describe(LatentGrid(5, 8, 8), 4).mean_density == 1.0
 
@@ -49,6 +53,44 @@ def test_strict_says_how_to_insist(build_pipeline, generate):
 def test_the_default_mask_of_the_bundled_model_pays():
     processor = vidsparse.RadialProcessor()
     for grid in (LatentGrid(21, 8, 12), LatentGrid(21, 12, 20), LatentGrid(76, 8, 12)):
-        parts, _ = processor.parts(processor.layout(grid), None)
-        assert processor.slow_reason(parts, torch.float32) is None
-        assert processor.slow_reason(parts, torch.bfloat16) is None
+        layout = processor.layout(grid)
+        parts, _ = processor.parts(layout, None)
+        shape = CallShape(1, 4, layout.seq_len, 64)
+        assert processor.slow_reason(parts, shape, "cpu", torch.float32) is None
+        assert processor.slow_reason(parts, shape, "cpu", torch.bfloat16) is None
+
+
+RECORDED = Path(__file__).parents[2] / "benchmarks/results/2026-11-25-h200-break-even.json"
+
+
+def test_the_estimate_for_a_gpu_never_lets_a_slow_call_through():
+    """Against what was measured: whatever runs sparse was at most 2 % slower than dense."""
+    wins = missed = 0
+    for row in json.loads(RECORDED.read_text())["rows"]:
+        shape = CallShape(1, row["heads"], row["seq_len"], row["head_dim"])
+        for density, measured in row["ratio"].items():
+            cost = relative_cost(shape, float(density))
+            if cost <= 1:
+                assert measured <= 1.02, (shape, density, cost, measured)
+                wins += 1
+            else:
+                missed += measured < 0.9
+    assert wins > 80 and missed <= 8
+
+
+def test_a_gpu_runs_short_sequences_dense_and_says_so():
+    processor = vidsparse.RadialProcessor(density=0.4)
+    layout = processor.layout(LatentGrid(3, 16, 16))
+    parts, _ = processor.parts(layout, "cpu")
+    reason = processor.slow_reason(parts, CallShape(1, 12, layout.seq_len, 128), "cuda", torch.bfloat16)
+    assert reason is not None and "dense is faster at 768 tokens" in reason
+    assert processor.slow_reason(parts, CallShape(1, 12, 32_760, 128), "cuda", torch.bfloat16) is None
+    insist = vidsparse.RadialProcessor(density=0.4, min_tokens=0)
+    assert insist.slow_reason(parts, CallShape(1, 12, layout.seq_len, 128), "cuda", torch.bfloat16) is None
+    assert processor.slow_reason(parts, CallShape(1, 12, 64, 128), "xpu", torch.bfloat16) is None
+
+
+def test_selecting_needs_longer_sequences():
+    short, long = (CallShape(1, 12, seq_len, 128) for seq_len in (6_000, 32_760))
+    assert relative_cost(short, 0.2) < 1 < relative_cost(CallShape(1, 12, 5_000, 128), 0.2, selects=True)
+    assert relative_cost(long, 0.2) < relative_cost(long, 0.2, selects=True) < 0.3

@@ -220,7 +220,10 @@ BAD = {
     "frames too long for the model": (["-p", "x", "--frames", "900"], "use at most 509"),
     "size not divisible": (["-p", "x", "--size", "100x50"], "use a height of 48 or 64 and a width of 96 or 112"),
     "size not understood": (["-p", "x", "--size", "big"], "WIDTHxHEIGHT"),
-    "unknown method": (["-p", "x", "--sparse", "magic"], "The method 'magic' is unknown; use one of radial, pooled, random, dense"),
+    "unknown method": (
+        ["-p", "x", "--sparse", "magic"],
+        "The method 'magic' is unknown; use one of radial, ",
+    ),
     "unknown option": (["-p", "x", "--dekay-factor", "1"], "did you mean --decay-factor?"),
     "misspelt flag": (["-p", "x", "--stepz", "1"], "did you mean --steps?"),
     "unquoted prompt": (["-p", "a", "cat"], "quote the prompt"),

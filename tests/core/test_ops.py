@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -155,13 +156,42 @@ def test_the_triton_backward_takes_what_the_forward_kept():
     assert result.stdout.strip() == "forward launches 2", result.stderr[-3000:]
 
 
-def test_compiled_calls_share_one_mask_object():
+def test_calls_on_a_cpu_share_one_mask_object():
     q, k, v = inputs()
     ops.block_sparse_attention_op(q, k, v, MASK)
     first = ops._mask(q, k, MASK.kv_num_blocks, MASK.kv_indices, None, None, 32, 16)
     assert ops._mask(q, k, MASK.kv_num_blocks, MASK.kv_indices, None, None, 32, 16) is first
     other = ops._mask(q, k, MASK.kv_num_blocks.clone(), MASK.kv_indices, None, None, 32, 16)
     assert other is not first
+
+
+def test_on_other_devices_nothing_made_in_a_call_outlives_it():
+    mask, (q, k, _) = MASK.to("meta"), (x.to("meta") for x in inputs())
+    lists = (mask.kv_num_blocks, mask.kv_indices, None, None, 32, 16)
+    fresh = ops._mask(q, k, *lists)
+    assert fresh._cache == {} and not hasattr(mask.kv_indices, ops.KEPT)
+    kept = (torch.zeros(1), torch.zeros(1))
+    mask._cache["transpose"] = kept
+    ops.keep_transposed_lists(mask)
+    found = ops._mask(q, k, *lists)
+    assert found.transpose() is kept
+    found._cache["plan"] = torch.zeros(1)
+    assert "plan" not in mask._cache and "plan" not in ops._mask(q, k, *lists)._cache
+    for changed in ((mask.kv_num_blocks.clone(), *lists[1:]), (*lists[:4], 64, 16), (*lists[:4], 32, 32)):
+        assert ops._mask(q, k, *changed)._cache == {}
+
+
+@pytest.mark.parametrize("mask", [MASK, CLUSTERS], ids=["uniform", "offsets"])
+def test_the_compiled_backward_finds_the_kept_lists(mask, monkeypatch):
+    mask = replace(mask, kv_indices=mask.kv_indices.clone(), _cache={})
+    ops.keep_transposed_lists(mask)
+    found = []
+    original = ops._mask
+    monkeypatch.setattr(ops, "_mask", lambda *args: found.append(original(*args)) or found[-1])
+    tensors = [x.requires_grad_() for x in inputs()]
+    compiled = torch.compile(ops.block_sparse_attention_op, fullgraph=True, backend="aot_eager")
+    torch.autograd.grad(compiled(*tensors, mask).sum(), tensors)
+    assert [x is mask for x in found] == [True, True]
 
 
 def test_context_or_mask():

@@ -13,7 +13,6 @@ from diffusers.hooks import hooks as diffusers_hooks
 from diffusers.models.attention import AttentionMixin
 
 import vidsparse
-import vidsparse.schedule
 from vidsparse.errors import (
     ConfigError,
     DenseFallbackError,
@@ -460,22 +459,6 @@ def test_strict(build_pipeline, build_transformer, generate, forward):
     vidsparse.apply(model, strict=True, block_size=16)
     with torch.no_grad(), pytest.raises(DenseFallbackError, match="number of steps unknown"):
         forward(model)
-
-
-def test_strict_names_min_tokens_where_a_measured_default_holds_back(build_pipeline, generate, monkeypatch):
-    monkeypatch.setattr(vidsparse.schedule, "MIN_TOKENS", {"cpu": 1000})
-    pipe = build_pipeline()
-    handle = vidsparse.apply(pipe, block_size=16)
-    generate(pipe)
-    below = "below 1,000 tokens, where dense is faster"
-    assert handle.report().num_sparse_calls == 0 and handle.report().dense_calls[below] == 2 * 3 * 2
-    assert handle.describe(LatentGrid(5, 8, 8), 4).mean_density == 1.0
-    vidsparse.apply(pipe, block_size=16, strict=True)
-    with pytest.raises(DenseFallbackError, match=rf"\({below}\).* set `min_tokens` to 0 to run its 320 tokens sparse"):
-        generate(pipe)
-    handle = vidsparse.apply(pipe, block_size=16, strict=True, min_tokens=0)
-    generate(pipe)
-    assert handle.report().num_sparse_calls == 12
 
 
 def test_a_plan_of_nothing_is_refused(build_transformer):

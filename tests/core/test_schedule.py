@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from vidsparse.errors import ConfigError
-from vidsparse.schedule import ASKED_FOR, MIN_TOKENS, UNKNOWN_COUNT, Schedule
+from vidsparse.schedule import ASKED_FOR, UNKNOWN_COUNT, Schedule
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(50, 12), (40, 10), (20, 5), (8, 2), (4, 1), (2, 0), (1, 0)])
@@ -29,20 +29,14 @@ def test_reasons_in_order():
     assert schedule.dense_reason(1, 5, 1, 99) == "sequence below min_tokens"
 
 
-def test_short_sequences_are_dense_where_that_was_measured_to_be_faster():
-    assert MIN_TOKENS["cuda"] == 8192 and MIN_TOKENS["cpu"] == 0
-    below = "below 8,192 tokens, where dense is faster"
-    assert Schedule(warmup_steps=0).dense_reason(0, 5, 0, 8191, "cuda") == below
-    assert below not in ASKED_FOR
-    assert Schedule(warmup_steps=0).dense_reason(0, 5, 0, 8192, "cuda") is None
-    for device_type in ("cpu", "xpu"):
-        assert Schedule(warmup_steps=0).dense_reason(0, 5, 0, 1, device_type) is None
-    # What the user says holds on every device, 0 included.
-    assert Schedule(warmup_steps=0, min_tokens=0).dense_reason(0, 5, 0, 1, "cuda") is None
-    assert Schedule(warmup_steps=0, min_tokens=9).dense_reason(0, 5, 0, 8, "cpu") == "sequence below min_tokens"
-    # The numbers are of inference: training runs sparse unless told otherwise.
-    assert Schedule().dense_reason(None, None, 0, 1, "cuda") is None
-    assert Schedule(min_tokens=9).dense_reason(None, None, 0, 8, "cuda") == "sequence below min_tokens"
+def test_min_tokens_is_what_the_user_says():
+    short = "sequence below min_tokens"
+    assert short not in ASKED_FOR
+    assert Schedule(warmup_steps=0).dense_reason(0, 5, 0, 1) is None
+    assert Schedule(warmup_steps=0, min_tokens=0).dense_reason(0, 5, 0, 1) is None
+    assert Schedule(warmup_steps=0, min_tokens=9).dense_reason(0, 5, 0, 9) is None
+    assert Schedule(warmup_steps=0, min_tokens=9).dense_reason(0, 5, 0, 8) == short
+    assert Schedule(min_tokens=9).dense_reason(None, None, 0, 8) == short
 
 
 def test_training_has_no_step():

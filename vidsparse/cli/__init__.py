@@ -5,14 +5,17 @@ Nothing here imports torch or diffusers until a command really needs them, so th
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import time
 from types import FrameType
 from typing import Any
 
 from vidsparse.errors import VidsparseError
 
 OK, BUG, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+OTHERS_WAIT_S = 3.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,9 +26,10 @@ def main(argv: list[str] | None = None) -> int:
     from .arguments import normalise
 
     arguments = normalise(sys.argv[1:] if argv is None else argv)
-    previous = _exit_on_sigterm()
+    # Of the processes of torchrun only the first has files to remove; the others wait for it where no handler runs.
+    previous = _exit_on_sigterm() if is_first() else None
     try:
-        code = app(arguments, prog_name="vidsparse", standalone_mode=False)
+        code = app(arguments, prog_name="vidsparse", standalone_mode=False, obj=arguments)
     except VidsparseError as error:
         return _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
@@ -57,7 +61,15 @@ def _exit_on_sigterm() -> Any:
         return None
 
 
+def is_first() -> bool:
+    """Whether this is the process that prints; of several that torchrun started only one is."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
 def _fail(sentence: str, code: int = BAD_INPUT) -> int:
+    if not is_first():
+        # Nearly always the first process says the same; then torchrun ends this one before it speaks.
+        time.sleep(OTHERS_WAIT_S)
     print(f"vidsparse: {sentence}", file=sys.stderr)
     return code
 

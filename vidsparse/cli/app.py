@@ -150,6 +150,19 @@ def generate(
     compile: Annotated[
         bool | None, _option("--compile/--no-compile", help="Compile the transformer's blocks.", panel=_MACHINE)
     ] = None,
+    num_gpus: Annotated[
+        str | None,
+        _option("--num-gpus", help="GPUs of this machine that share one video.", metavar="INTEGER", panel=_MACHINE),
+    ] = None,
+    ulysses_degree: Annotated[
+        str | None,
+        _option(
+            "--ulysses-degree",
+            help="Processes that share the attention heads, where torchrun started them.",
+            metavar="INTEGER",
+            panel=_MACHINE,
+        ),
+    ] = None,
     output: Annotated[
         str | None,
         _option(
@@ -183,7 +196,7 @@ def generate(
 
     own = ("prompt", "negative_prompt", "image", "num_frames", "height", "width", "num_inference_steps")
     own += ("guidance_scale", "flow_shift", "seed", "model", "sparse", "strict", "device", "dtype", "offload")
-    own += ("vae_tiling", "compile", "fps", "size")
+    own += ("vae_tiling", "compile", "fps", "size", "ulysses_degree")
     values = context.params
     given = {name: values[name] for name in own if values[name] is not None}
     if lora:
@@ -192,7 +205,7 @@ def generate(
         name: values[name] for name in ("density", "warmup_steps", "dense_layers") if values[name] is not None
     }
     names = [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
-    run(
+    code = run(
         given,
         method_options=method_options,
         extra=list(context.args),
@@ -203,7 +216,11 @@ def generate(
         as_json=as_json,
         quiet=quiet,
         verbose=verbose,
+        num_gpus=num_gpus,
+        arguments=context.obj or [],
     )
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from typing import Any
 
 from vidsparse.errors import ConfigError
 
+from . import is_first
 from .arguments import parse_size, read_config, split_options
 from .method_options import convert, option_name
 
@@ -25,15 +26,18 @@ def run(
     as_json: bool,
     quiet: bool,
     verbose: bool,
-) -> None:
-    """Generate what the command line asks for.
+    num_gpus: str | None = None,
+    arguments: list[str] | None = None,
+) -> int:
+    """Generate what the command line asks for. Returns an exit code.
 
     Args:
         given: settings typed by the user, by name.
         method_options: method options that have a flag of their own.
         extra: leftover arguments, taken as options of the method.
         option_names: the command's own flags, for messages.
-        prompt_file, output, config, as_json, quiet, verbose: the flags of these names.
+        prompt_file, output, config, as_json, quiet, verbose, num_gpus: the flags of these names.
+        arguments: the whole command line, for the processes of `--num-gpus`.
 
     Raises:
         VidsparseError: one sentence for the user.
@@ -45,24 +49,34 @@ def run(
         for name, value in (("json", as_json), ("quiet", quiet), ("verbose", verbose))
     )
     prompts, one = _prompts(given, from_file, prompt_file)
+    processes = _processes(given, from_file, num_gpus)
     if output is None and isinstance(from_file.get("output"), str):
         output = from_file["output"]
     if not verbose:
         _hush()
     batch = settle(given, typed, from_file, prompts, option_names)
+    if processes > 1:
+        from .launch import check_gpus, launch
+
+        check_gpus(processes, batch[0].device)
+        return launch(arguments or [], processes, verbose)
+    _check_processes(batch[0].ulysses_degree)
+    first = is_first()
 
     from vidsparse_pipelines.generation import generate_many
     from vidsparse_pipelines.progress import Observer
 
     from .screen import Screen
 
-    screen = None if quiet or as_json else Screen()
+    screen = None if quiet or as_json or not first else Screen()
     documents: list[dict[str, Any]] = []
     results = generate_many(batch, output, observer=screen or Observer())
     try:
         for result in results:
             if screen is not None:
                 screen.close()
+            if not first:
+                continue
             if as_json:
                 documents.append({**result.document, "path": str(result.path), "json_path": str(result.json_path)})
             else:
@@ -71,9 +85,37 @@ def run(
         results.close()
         if screen is not None:
             screen.close()
-    if as_json:
+    if as_json and first:
         # Plain ASCII, so that it can be piped whatever the terminal's encoding.
         print(json.dumps(documents[0] if one else documents))
+    return 0
+
+
+def _processes(given: dict[str, Any], from_file: dict[str, Any], num_gpus: str | None) -> int:
+    """How many processes `--num-gpus` makes us start, 1 for none; sets `ulysses_degree` among the settings given."""
+    from vidsparse_pipelines.ranks import num_processes
+
+    in_file = from_file.pop("num_gpus", None)
+    count = convert("--num-gpus", int, num_gpus if num_gpus is not None else in_file if in_file is not None else 1)
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ConfigError(f"The option --num-gpus must be a whole number of at least 1, got {count!r}.")
+    if count == 1:
+        return 1
+    degree = given.setdefault("ulysses_degree", str(count))
+    if degree != str(count):
+        raise ConfigError(f"Give either --num-gpus or --ulysses-degree, not both; got {count} and {degree}.")
+    return count if num_processes() == 1 else 1
+
+
+def _check_processes(ulysses_degree: int) -> None:
+    """Raises ConfigError where torchrun started several processes that would all do the same."""
+    from vidsparse_pipelines.ranks import num_processes
+
+    if num_processes() > 1 and ulysses_degree == 1:
+        raise ConfigError(
+            f"torchrun started {num_processes()} processes that would all make the same video; give "
+            f"--ulysses-degree {num_processes()}."
+        )
 
 
 def _prompts(given: dict[str, Any], from_file: dict[str, Any], prompt_file: str | None) -> tuple[list[str], bool]:

@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING
 
 from vidsparse.errors import ConfigError
 from vidsparse.methods.dense import DenseConfig, DenseProcessor
+from vidsparse.methods.pisa import PisaConfig, PisaProcessor
 from vidsparse.methods.pooled import PooledConfig, PooledProcessor
 from vidsparse.methods.radial import RadialConfig, RadialProcessor
 from vidsparse.methods.random import RandomConfig, RandomProcessor
+from vidsparse.methods.semantic import SemanticConfig, SemanticProcessor
+from vidsparse.methods.sparse_linear import SparseLinearConfig, SparseLinearProcessor
+from vidsparse.methods.vidsparse import VidsparseConfig, VidsparseProcessor
 from vidsparse.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -17,6 +21,10 @@ if TYPE_CHECKING:
 
 PROCESSORS: dict[str, type[SparseProcessor]] = {
     "radial": RadialProcessor,
+    "vidsparse": VidsparseProcessor,
+    "semantic": SemanticProcessor,
+    "pisa": PisaProcessor,
+    "sla": SparseLinearProcessor,
     "pooled": PooledProcessor,
     "random": RandomProcessor,
     "dense": DenseProcessor,
@@ -49,12 +57,20 @@ __all__ = [
     "PROCESSORS",
     "DenseConfig",
     "DenseProcessor",
+    "PisaConfig",
+    "PisaProcessor",
     "PooledConfig",
     "PooledProcessor",
     "RadialConfig",
     "RadialProcessor",
     "RandomConfig",
     "RandomProcessor",
+    "SemanticConfig",
+    "SemanticProcessor",
+    "SparseLinearConfig",
+    "SparseLinearProcessor",
+    "VidsparseConfig",
+    "VidsparseProcessor",
     "method_options",
     "processor_class",
 ]

@@ -84,7 +84,5 @@ class PooledProcessor(SparseProcessor):
         from vidsparse.selection.blocks import PooledSelector
 
         config = self.config
-        return Parts(selector=PooledSelector(layout, device, config.share, config.top_p, config.sink_frames)), None
-
-    def expected_density(self, layout: TokenLayout) -> float | None:
-        return self.config.share
+        selector = PooledSelector(layout, device, config.share, config.top_p, config.sink_frames)
+        return Parts(selector=selector, density=config.share), None

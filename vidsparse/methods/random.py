@@ -52,7 +52,5 @@ class RandomProcessor(PooledProcessor):
         from vidsparse.parts import Parts
         from vidsparse.selection.blocks import PooledSelector
 
-        return Parts(selector=PooledSelector(layout, device, self.config.density, None, 0, self.config.seed)), None
-
-    def expected_density(self, layout: TokenLayout) -> float | None:
-        return self.config.density
+        selector = PooledSelector(layout, device, self.config.density, None, 0, self.config.seed)
+        return Parts(selector=selector, density=self.config.density), None

@@ -111,7 +111,8 @@ class Handle:
         """
         num_layers = max(len(binding.layers) for binding in self._bindings.values())
         weights = next(next(iter(self._models.values())).parameters())
-        return self.processor.plan(grid, num_steps, num_layers, weights.device.type, weights.dtype)
+        heads = next(iter(self._bindings.values())).heads(next(iter(self._models.values())))
+        return self.processor.plan(grid, num_steps, num_layers, weights.device.type, weights.dtype, heads)
 
 
 class _StepCount:

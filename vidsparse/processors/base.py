@@ -6,6 +6,7 @@ import weakref
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from vidsparse.break_even import CallShape
 from vidsparse.errors import UnboundProcessorError
 from vidsparse.plan import Plan
 from vidsparse.recipe import Recipe
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from vidsparse.processors.context import RunState
     from vidsparse_kernels import BlockMask
 
+
+UNKNOWN_DENSITY = 0.3
+"""Assumed for the estimate where the density of a selection depends on the video."""
 
 SELECTING_ON_CPU = "selecting blocks from query and key costs more on a CPU than it saves"
 
@@ -42,6 +46,7 @@ class SparseProcessor(ABC):
     method: ClassVar[str]
     config_class: ClassVar[type]
     always_dense: ClassVar[bool] = False
+    has_projection: ClassVar[bool] = False
 
     def __init__(self, recipe: Recipe | None = None, *, strict: bool = False, **options: Any) -> None:
         from vidsparse.errors import ConfigError
@@ -79,34 +84,42 @@ class SparseProcessor(ABC):
         """The block mask of a static method for a layout on a device, and a note for the report or None."""
         raise NotImplementedError(f"{type(self).__name__} selects blocks from query and key.")
 
-    def expected_density(self, layout: TokenLayout) -> float | None:
-        """Density of a call where it is known before seeing query and key, else None; only for methods that select."""
-        return None
-
     def report(self) -> Report:
         """What ran in the last (or current) generation, over all models this processor is bound to."""
         return Report.merged(run.report for ref in self._runs if (run := ref()) is not None)
 
-    def slow_reason(self, parts: Parts, dtype: torch.dtype | None = None) -> str | None:
-        """Why dense attention on the CPU is faster than this method, or None. A `min_tokens` that somebody set is final.
+    def slow_reason(
+        self, parts: Parts, shape: CallShape, device_type: str, dtype: torch.dtype | None = None
+    ) -> str | None:
+        """Why dense attention is faster than this method, or None. A `min_tokens` that somebody set is final.
 
         Args:
             parts: the method on the layout of a call.
+            shape: of the call.
+            device_type: where it runs; only "cpu" and "cuda" were measured.
             dtype: in which attention is computed, default fp32.
         """
         if self.recipe.schedule.min_tokens is not None:
             return None
-        if not parts.is_static or parts.block_mask is None:
-            return SELECTING_ON_CPU
-        import torch
-
-        from vidsparse_kernels.block_sparse_attention.sdpa import relative_cost
+        from vidsparse.break_even import relative_cost
 
         mask = parts.block_mask
-        cost = relative_cost(mask, dtype or torch.float32)
+        if device_type == "cuda":
+            density = mask.density if mask is not None else parts.density or UNKNOWN_DENSITY
+            cost = relative_cost(shape, density, selects=not parts.is_static)
+        elif device_type != "cpu":
+            return None
+        elif mask is None or not parts.is_static:
+            return SELECTING_ON_CPU
+        else:
+            import torch
+
+            from vidsparse_kernels.block_sparse_attention.sdpa import relative_cost as cost_on_cpu
+
+            density, cost = mask.density, cost_on_cpu(mask, dtype or torch.float32)
         if cost <= 1:
             return None
-        return f"dense is faster than blocks of {mask.q_block_size} here, an estimated {cost:.2f} times"
+        return f"dense is faster at {shape.seq_len:,} tokens and density {density:.2f}, an estimated {cost:.2f} times"
 
     def plan(
         self,
@@ -115,6 +128,7 @@ class SparseProcessor(ABC):
         num_layers: int,
         device_type: str = "cpu",
         dtype: torch.dtype | None = None,
+        heads: tuple[int, int] | None = None,
     ) -> Plan:
         """What a generation on `grid` will compute; builds the mask once, on the CPU.
 
@@ -124,6 +138,7 @@ class SparseProcessor(ABC):
             num_layers: sparse-capable layers of the model, at least 1.
             device_type: where the generation will run; what runs dense because that is faster depends on it.
             dtype: in which attention will be computed, likewise; None (default) means fp32.
+            heads: number and size of the model's heads; None (default): whether a GPU is faster dense is left open.
 
         Raises:
             ConfigError: a number is below 1.
@@ -136,13 +151,16 @@ class SparseProcessor(ABC):
         layout = self.layout(grid)
         parts, note = self.parts(layout, "cpu")
         schedule = self.recipe.schedule
-        slow = not self.always_dense and device_type == "cpu" and self.slow_reason(parts, dtype) is not None
-        density = parts.block_mask.density if parts.block_mask is not None else self.expected_density(layout)
+        num_heads, head_dim = heads or (1, 128)
+        shape = CallShape(1, num_heads, layout.seq_len, head_dim)
+        judged = not self.always_dense and (device_type == "cpu" or heads is not None)
+        slow = judged and self.slow_reason(parts, shape, device_type, dtype) is not None
+        density = parts.block_mask.density if parts.block_mask is not None else parts.density
         if density is None:
             density, note = 1.0, "the density depends on the video; 1 is its upper bound"
 
         def cell(step: int, layer: int) -> float:
-            dense = self.always_dense or schedule.dense_reason(step, num_steps, layer, layout.seq_len, device_type)
+            dense = self.always_dense or schedule.dense_reason(step, num_steps, layer, layout.seq_len)
             return 1.0 if dense or slow else density
 
         return Plan(

@@ -16,19 +16,22 @@ from typing import Any
 
 import torch
 
+from vidsparse.break_even import CallShape
 from vidsparse.errors import DenseFallbackError, UnsupportedModelError
 from vidsparse.layout import TokenLayout
 from vidsparse.parts import Parts, Selection
 from vidsparse.processors.base import SparseProcessor
 from vidsparse.processors.context import MAX_MASKS, AttentionContext, RunState
-from vidsparse.processors.families import Family, family_of, supported_models
+from vidsparse.processors.families import FAMILIES, Family, family_of, supported_models
+from vidsparse.processors.parallel import Shards, make_shards, refusal
 from vidsparse.report import Row
 from vidsparse.schedule import ASKED_FOR, METHOD_DENSE, UNKNOWN_STEP
 
-CONTEXT_PARALLEL = "context parallelism"
 FAST_ON_CUDA = frozenset({"triton", "hopper", "flash4", "flex"})
 SCORES_SKIPPED = "attention scores skipped by perturbed-attention guidance"
 BINDING = "_vidsparse_binding"
+REPLACE_PROCESSORS = ("fuse_qkv_projections", "unfuse_qkv_projections")
+"""Methods of a model after which some families have other processors (CogVideoX, Stable Diffusion 3)."""
 
 
 def install() -> None:
@@ -100,17 +103,9 @@ def bind(processor: SparseProcessor, model: Any, *, run: RunState | None = None,
     Raises:
         UnsupportedModelError: the family is unknown or the model's processors are not the family's own.
     """
-    from vidsparse.processors.delegate import make_layer
-
     family = check_model(model)
     unbind(model)
-    saved = {name: module.processor for name, module in _targets(model, family)}
-    prefix = f"{label}." if label else ""
-    layers = [
-        make_layer(original, family, index=index, name=prefix + name, strict=processor.strict)
-        for index, (name, original) in enumerate(saved.items())
-    ]
-    binding = Binding(processor, family, run or RunState(), layers, saved)
+    binding = Binding(processor, family, run or RunState(), f"{label}." if label else "")
     binding.attach(model)
     processor.watch(binding.run)
     return binding
@@ -168,22 +163,36 @@ def unbind(model: Any) -> None:
 class Binding:
     """One processor on one transformer."""
 
-    def __init__(
-        self, processor: SparseProcessor, family: Family, run: RunState, layers: list[Any], saved: dict[str, Any]
-    ) -> None:
-        self.processor, self.family, self.run = processor, family, run
-        self.layers, self.saved = layers, saved
+    def __init__(self, processor: SparseProcessor, family: Family, run: RunState, prefix: str) -> None:
+        self.processor, self.family, self.run, self.prefix = processor, family, run, prefix
+        self.layers: list[Any] = []
+        self.saved: dict[str, Any] = {}
         self._handles: list[Any] = []
         self._parameters: tuple[str, ...] = ()
         self._rows: list[Row] = []
         self._bias_backend: tuple[str, str | None] = ("dense", None)
         self.outside_graph = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A family holds functions that do not pickle; there is one of each.
+        return vars(self) | {"family": self.family.name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.family = next(family for family in FAMILIES if family.name == state["family"])
+
     def owns_any(self, processors: Iterable[Any]) -> bool:
         """Whether one of these is a layer processor of this binding."""
         return any(processor is layer for processor in processors for layer in self.layers)
 
     def attach(self, model: Any) -> None:
+        from vidsparse.processors.delegate import make_layer
+
+        self.saved = {name: module.processor for name, module in _targets(model, self.family)}
+        self.layers = [
+            make_layer(original, self.family, index=index, name=self.prefix + name, strict=self.processor.strict)
+            for index, (name, original) in enumerate(self.saved.items())
+        ]
         for name, layer in zip(self.saved, self.layers, strict=True):
             _put(model.get_submodule(name), layer)
         self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
@@ -193,6 +202,9 @@ class Binding:
         ]
         if hasattr(type(model), "cache_context"):
             model.cache_context = _CacheContext(model, self.run)
+        for method in REPLACE_PROCESSORS:
+            if hasattr(type(model), method):
+                setattr(model, method, _Rebind(model, self, method))
         model.compile = _Compile(model, self)
         if model._compiled_call_impl is not None:
             model._compiled_call_impl = _AroundGraph(model, self, model._compiled_call_impl)
@@ -213,7 +225,7 @@ class Binding:
             layer.recent.clear()
         for handle in self._handles:
             handle.remove()
-        for attribute in ("cache_context", "compile", BINDING):
+        for attribute in ("cache_context", "compile", *REPLACE_PROCESSORS, BINDING):
             vars(model).pop(attribute, None)
         if isinstance(model._compiled_call_impl, _AroundGraph):
             model._compiled_call_impl = model._compiled_call_impl.compiled
@@ -231,21 +243,34 @@ class Binding:
         hidden_states = _first_tensor(arguments[self.family.hidden_states])
         grad = torch.is_grad_enabled()
         training = grad and model.training
-        run.start_forward(arguments.get(self.family.timestep), training)
+        run.start_forward(self._timestep(arguments), training)
         layouts = self._layouts(arguments, model.config)
         layout = layouts[0]
         device_type = hidden_states.device.type
-        reasons = [self._dense_reason(layer, layout.seq_len, training, device_type) for layer in self.layers]
+        obstacle = self.family.obstacle(arguments, model.config)
+        reasons = [self._dense_reason(layer, layout.seq_len, training) or obstacle for layer in self.layers]
         for index, path in enumerate(self.saved):
             if reasons[index] is None and _skips_scores(model.get_submodule(path)):
                 reasons[index] = SCORES_SKIPPED
+        parallel = getattr(self.layers[0], "_parallel_config", None)
+        refused = refusal(parallel, model, layout)
+        shards: list[Shards | None] = [None] * len(layouts)
+        if refused is not None:
+            reasons = [refused if reason is None else reason for reason in reasons]
+        elif parallel is not None:
+            heads = _num_heads(model.get_submodule(next(iter(self.saved))))
+            shards = [make_shards(parallel, model, each, heads, hidden_states.device) for each in layouts]
         if processor.strict:
-            self._check_strict(reasons, layout.seq_len, device_type)
+            self._check_strict(reasons, layout.seq_len)
         parts: list[Parts | None] = [None] * len(layouts)
         backend, bias_backend, backend_reason, bias_backend_reason = "dense", "dense", None, None
         density = 1.0
         if None in reasons:
             parts = [run.parts_of(processor, each, hidden_states.device) for each in layouts]
+            parts = [
+                each if split is None or each is None else split.of_this_rank(each)
+                for each, split in zip(parts, shards, strict=True)
+            ]
             first = parts[0]
             assert first is not None
             tensors = (x for x in arguments.values() if isinstance(x, torch.Tensor))
@@ -255,19 +280,19 @@ class Binding:
                 mask = first.block_mask
                 assert mask is not None
                 density = mask.density
-                backend, backend_reason = self._select_backend(model, hidden_states, mask, needs_grad)
-                if layout.text_len:
+                heads = shards[0].local_heads if shards[0] is not None else None
+                backend, backend_reason = self._select_backend(model, hidden_states, mask, needs_grad, heads)
+                if layout.text_len or self.family.key_mask is not None:
                     bias_backend, bias_backend_reason = self._select_backend(
-                        model, hidden_states, mask, needs_grad, bias=True
+                        model, hidden_states, mask, needs_grad, heads, bias=True
                     )
-                if backend == "sdpa":
-                    slow = processor.slow_reason(first, _compute_dtype(hidden_states))
-            elif device_type == "cpu" and not needs_grad:
-                slow = processor.slow_reason(first)
+            if not needs_grad:
+                shape = self.call_shape(model, hidden_states, layout.seq_len)
+                slow = processor.slow_reason(first, shape, device_type, _compute_dtype(hidden_states))
             if slow is not None:
                 reasons = [slow if reason is None else reason for reason in reasons]
                 if processor.strict:
-                    self._check_strict(reasons, layout.seq_len, device_type, slow)
+                    self._check_strict(reasons, layout.seq_len, slow)
         self._rows = []
         schedule = processor.recipe.schedule
         for layer, reason in zip(self.layers, reasons, strict=True):
@@ -275,8 +300,8 @@ class Binding:
             # Training and layers that never select keep nothing.
             keeps = sparse and run.step is not None and parts[0] is not None and not parts[0].is_static
             memory = run.memory(layer.layer_name, schedule.reuse_gib) if keeps else None
-            contexts = {
-                each.seq_len: AttentionContext(
+            each_call = [
+                AttentionContext(
                     layer_index=layer.layer_index,
                     layer_count=len(self.layers),
                     step_index=run.step,
@@ -288,10 +313,12 @@ class Binding:
                     refresh_every=schedule.refresh_every,
                     backend=backend if sparse else "auto",
                     bias_backend=bias_backend if sparse else "auto",
+                    shards=each_shards,
                 )
-                for each, each_parts in zip(layouts, parts, strict=True)
-            }
-            layer.context = contexts[layout.seq_len]
+                for each, each_parts, each_shards in zip(layouts, parts, shards, strict=True)
+            ]
+            contexts = {context.num_tokens: context for context in each_call}
+            layer.context = each_call[0]
             layer.lengths = contexts if len(contexts) > 1 else {}
             layer.sparse, layer.called, layer.biased, layer.late_reason = sparse, False, False, None
             layer.selection = None
@@ -341,6 +368,11 @@ class Binding:
             self.run.report.note(f'slow backend "{backend}" on cuda: {reason}')
         return replace(row, backend=backend, backend_reason=reason, density=selection.density)
 
+    def _timestep(self, arguments: dict[str, Any]) -> Any:
+        """The timestep of this forward, falling from step to step."""
+        timestep = arguments.get(self.family.timestep)
+        return -timestep if self.family.rising_time and timestep is not None else timestep
+
     def _layouts(self, arguments: dict[str, Any], config: Any) -> list[TokenLayout]:
         """The layouts that calls of this forward have, the longest first."""
         grid = self.family.grid(arguments, config)
@@ -349,21 +381,25 @@ class Binding:
             for before, after in self.family.text(arguments, config)
         ]
 
-    def _dense_reason(self, layer: Any, seq_len: int, training: bool, device_type: str) -> str | None:
+    def _dense_reason(self, layer: Any, seq_len: int, training: bool) -> str | None:
         if self.processor.always_dense:
             return METHOD_DENSE
         schedule, run = self.processor.recipe.schedule, self.run
         if run.step is None and not training and (schedule.warmup_steps != 0 or schedule.cooldown_steps):
             return UNKNOWN_STEP
-        reason = schedule.dense_reason(run.step, run.num_steps, layer.layer_index, seq_len, device_type)
-        if reason is None and layer._parallel_config is not None:
-            return CONTEXT_PARALLEL
-        return reason
+        return schedule.dense_reason(run.step, run.num_steps, layer.layer_index, seq_len)
 
-    def _check_strict(
-        self, reasons: Sequence[str | None], seq_len: int, device_type: str, slow: str | None = None
-    ) -> None:
-        short = self.processor.recipe.schedule.short_reason(self.run.step, seq_len, device_type)
+    def call_shape(self, model: Any, hidden_states: Any, seq_len: int) -> CallShape:
+        num_heads, head_dim = self.heads(model)
+        return CallShape(hidden_states.shape[0], num_heads, seq_len, head_dim)
+
+    def heads(self, model: Any) -> tuple[int, int]:
+        """Number and size of the heads of a target."""
+        attention = model.get_submodule(next(iter(self.saved)))
+        return _num_heads(attention), _head_dim(attention)
+
+    def _check_strict(self, reasons: Sequence[str | None], seq_len: int, slow: str | None = None) -> None:
+        short = self.processor.recipe.schedule.short_reason(seq_len)
         for layer, reason in zip(self.layers, reasons, strict=True):
             if reason is not None and reason not in ASKED_FOR:
                 faster = reason in (short, slow)
@@ -374,14 +410,14 @@ class Binding:
                 )
 
     def _select_backend(
-        self, model: Any, hidden_states: Any, mask: Any, needs_grad: bool, bias: bool = False
+        self, model: Any, hidden_states: Any, mask: Any, needs_grad: bool, heads: int | None, bias: bool = False
     ) -> tuple[str, str]:
         from vidsparse_kernels import select_backend
 
         attention = model.get_submodule(next(iter(self.saved)))
         device = hidden_states.device
         dtype = _compute_dtype(hidden_states)
-        shape = (hidden_states.shape[0], mask.seq_len_q, attention.heads, _head_dim(attention))
+        shape = (hidden_states.shape[0], mask.seq_len_q, heads or _num_heads(attention), _head_dim(attention))
         probe = torch.empty((1, 1, 1, 1), dtype=dtype, device=device).expand(shape)
         key_bias = torch.empty((1, 1, 1), device=device).expand(1, 1, mask.seq_len_kv) if bias else None
         name, reason = select_backend(probe, probe, probe, mask, key_bias=key_bias, requires_grad=needs_grad)
@@ -396,14 +432,23 @@ class Binding:
         return name, reason
 
 
+def _num_heads(attention: Any) -> int:
+    # Kandinsky's names differ.
+    return getattr(attention, "heads", None) or attention.num_heads
+
+
 def _head_dim(attention: Any) -> int:
-    inner_dim = getattr(attention, "inner_dim", None) or attention.to_q.out_features
-    return inner_dim // attention.heads
+    inner_dim = getattr(attention, "inner_dim", None)
+    if inner_dim is None:
+        inner_dim = (attention.to_q if hasattr(attention, "to_q") else attention.to_query).out_features
+    return inner_dim // _num_heads(attention)
 
 
 def _first_tensor(latents: Any) -> torch.Tensor:
-    # Z-Image takes a list with one tensor per sample.
-    return latents[0] if isinstance(latents, list | tuple) else latents
+    # Z-Image takes a list with one tensor per sample, or with one list of images per sample.
+    while isinstance(latents, list | tuple):
+        latents = latents[-1]
+    return latents
 
 
 def _compute_dtype(hidden_states: torch.Tensor) -> torch.dtype:
@@ -415,7 +460,9 @@ def _compute_dtype(hidden_states: torch.Tensor) -> torch.dtype:
 def _skips_scores(attention: Any) -> bool:
     """Whether a guider of diffusers makes this module return its values: it reaches torch's own attention alone."""
     registry = getattr(attention, "_diffusers_hook", None)
-    return registry is not None and any(getattr(hook, "skip_attention_scores", False) for hook in registry.hooks.values())
+    return registry is not None and any(
+        getattr(hook, "skip_attention_scores", False) for hook in registry.hooks.values()
+    )
 
 
 class _Before:
@@ -446,6 +493,20 @@ def _run(function: Callable[..., None], *arguments: Any) -> None:
 
 # Under torch.compile of the whole model the hooks are traced too; masks and reports are no part of a graph.
 _run_eagerly: Any = torch.compiler.disable(_run)
+
+
+class _Rebind:
+    """Stands over a method that may replace processors: takes ours off, lets the class do it, and puts ours back."""
+
+    def __init__(self, model: Any, binding: Binding, method: str) -> None:
+        self.model, self.binding, self.method = model, binding, method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.binding.detach(self.model)
+        try:
+            return getattr(type(self.model), self.method)(self.model, *args, **kwargs)
+        finally:
+            self.binding.attach(self.model)
 
 
 class _Compile:

@@ -10,6 +10,7 @@ import torch
 
 from vidsparse.layout import TokenLayout
 from vidsparse.parts import LayerMemory, MemoryBudget, Parts
+from vidsparse.processors.parallel import Shards
 from vidsparse.report import Report
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ class AttentionContext:
         refresh_every: steps that a selection serves, 1: its own.
         backend: backend of `vidsparse_kernels.block_sparse_attention`; "auto" lets it choose at the call.
         bias_backend: likewise for calls with a mask over keys (padding of a prompt), which not every backend takes.
+        projection: the layer's trained projection, for methods that have one.
         generator: for methods that draw random numbers; none does yet.
+        shards: how the tokens lie on the ranks of a context-parallel group, None on one device.
     """
 
     layer_index: int
@@ -49,7 +52,14 @@ class AttentionContext:
     refresh_every: int = 1
     backend: str = "auto"
     bias_backend: str = "auto"
+    projection: torch.nn.Linear | None = None
     generator: torch.Generator | None = None
+    shards: Shards | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the call has on this device."""
+        return self.layout.seq_len if self.shards is None else self.shards.num_tokens
 
 
 class RunState:

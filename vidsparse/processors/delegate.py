@@ -21,6 +21,7 @@ from vidsparse.errors import DenseFallbackError, UnboundProcessorError, Unsuppor
 from vidsparse.parts import Selection
 from vidsparse.processors.context import AttentionContext
 from vidsparse.processors.families import Family
+from vidsparse.processors.parallel import attend_over_ranks
 
 ATTENTION_MASK = "attention mask that is not one per key"
 CAUSAL = "causal attention asked for"
@@ -52,6 +53,8 @@ class LayerProcessor:
     late_reason: str | None
     recent: dict[int, AttentionContext]
     selection: Selection | None
+    key_mask: Callable[[torch.Tensor], torch.Tensor] | None
+    pairwise_mask: bool
     handle: torch.Tensor
     _attention_backend: Any
     _parallel_config: Any
@@ -82,7 +85,7 @@ class LayerProcessor:
         """
         context = self._sparse_context(query, key, attn_mask, is_causal, dropout_p)
         if context is not None:
-            return self._attend_sparse(query, key, value, context, _key_bias(attn_mask), scale)
+            return self._attend_masked(query, key, value, context, attn_mask, scale)
         return dispatch_attention_fn(
             query,
             key,
@@ -112,10 +115,36 @@ class LayerProcessor:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         context = self._sparse_context(q, k, attn_mask, is_causal, dropout_p)
         if context is not None:
-            return self._attend_sparse(q, k, v, context, _key_bias(attn_mask), scale).transpose(1, 2)
+            return self._attend_masked(q, k, v, context, attn_mask, scale).transpose(1, 2)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+
+    def _attend_masked(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        context: AttentionContext,
+        attn_mask: torch.Tensor | None,
+        scale: float | None,
+    ) -> torch.Tensor:
+        out = self._attend_sparse(query, key, value, context, _key_bias(self._over_keys(attn_mask)), scale)
+        if not self.pairwise_mask or attn_mask is None or attn_mask.ndim != 4:
+            return out
+        # The text's own rows of the mask; they are few.
+        text_len = context.layout.text_before
+        q, k, v = (x.transpose(1, 2) for x in (query[:, :text_len], key, value))
+        text = F.scaled_dot_product_attention(q, k, v, attn_mask[:, :, :text_len], scale=scale)
+        return torch.cat([text.transpose(1, 2), out[:, text_len:]], dim=1)
+
+    def _over_keys(self, attn_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """The mask that the video's rows have, as far as the family says that they all have one."""
+        if attn_mask is None:
+            return None
+        if self.pairwise_mask and attn_mask.ndim == 4:
+            return attn_mask[:, :, -1:]
+        return attn_mask if self.key_mask is None else self.key_mask(attn_mask)
 
     def _attend_sparse(
         self,
@@ -126,7 +155,26 @@ class LayerProcessor:
         key_bias: torch.Tensor | None,
         scale: float | None,
     ) -> torch.Tensor:
-        if torch.compiler.is_compiling() and context.parts is not None and not context.parts.is_static:
+        if context.shards is None:
+            return self._attend_here(query, key, value, context, key_bias, scale)
+
+        def attend_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Any) -> torch.Tensor:
+            return self._attend_here(q, k, v, context, bias, scale)
+
+        return attend_over_ranks(attend_heads, query, key, value, key_bias, context.shards)
+
+    def _attend_here(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        context: AttentionContext,
+        key_bias: torch.Tensor | None,
+        scale: float | None,
+    ) -> torch.Tensor:
+        """Sparse attention over the whole sequence, in the heads of this device."""
+        selects = context.parts is not None and not context.parts.is_static
+        if torch.compiler.is_compiling() and (selects or self._finds_length_at_run_time()):
             # What selects from query and key keeps state between steps: one opaque call in the graph.
             return _attend_layer(query, key, value, key_bias, self.handle, scale)
         out, selection = attend(query, key, value, context, key_bias=key_bias, scale=scale)
@@ -134,12 +182,16 @@ class LayerProcessor:
             self.selection = selection
         return out
 
+    def _finds_length_at_run_time(self) -> bool:
+        """In a compiled forward the length of a prompt without its padding is no number yet. Not for training."""
+        return bool(self.lengths) and torch.compiler.is_compiling() and not torch.is_grad_enabled()
+
     def _sparse_context(
         self, query: torch.Tensor, key: torch.Tensor, attn_mask: Any, is_causal: bool, dropout_p: float
     ) -> AttentionContext | None:
         """The context of a sparse call, or None for a dense one; query and key are `[batch, seq_len, ...]`."""
         context, sparse = self.context, self.sparse
-        if self.lengths:
+        if self.lengths and not self._finds_length_at_run_time():
             # Some families drop the padding of each sample's prompt, so one forward makes calls of several lengths.
             context = self.lengths.get(query.shape[1], context)
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
@@ -154,8 +206,8 @@ class LayerProcessor:
         if key.shape[1] != query.shape[1]:
             # A second attention of the same module, over image or adapter tokens: always exact, never counted.
             return None
-        obstacle = _obstacle(attn_mask, is_causal, dropout_p) if sparse else None
-        if sparse and not torch.compiler.is_compiling() and query.shape[1] != context.layout.seq_len:
+        obstacle = _obstacle(self._over_keys(attn_mask), is_causal, dropout_p) if sparse else None
+        if sparse and not torch.compiler.is_compiling() and query.shape[1] != context.num_tokens:
             obstacle = LENGTH
         if obstacle is not None:
             # Dense attention is exact for all of these.
@@ -210,7 +262,20 @@ def delegate_class(base: type) -> type:
             f"{base.__name__} makes no attention call that vidsparse knows ({' or '.join(ATTENTION_CALLS)}); reset "
             "the model's attention processors before setting a vidsparse one."
         )
-    return type(f"Sparse{base.__name__}", (LayerProcessor, base), {"__call__": function, "__doc__": base.__doc__})
+    cls = type(f"Sparse{base.__name__}", (LayerProcessor, base), {"__call__": function, "__doc__": base.__doc__})
+    _tell_guiders(cls, base)
+    return cls
+
+
+def _tell_guiders(cls: type, base: type) -> None:
+    """Let diffusers' layer skipping, which looks processors up by class, find what it knows of the family's."""
+    from diffusers.hooks import _helpers
+
+    registry = _helpers.AttentionProcessorRegistry
+    try:
+        registry.register(cls, registry.get(base))
+    except ValueError:
+        pass  # Not known for the family's either.
 
 
 def _with_our_attention(call: types.FunctionType) -> Callable[..., Any] | None:
@@ -259,8 +324,11 @@ def make_layer(original: Any, family: Family, *, index: int, name: str, strict: 
     layer.layer_index, layer.layer_name, layer.strict = index, name, strict
     layer.sparse, layer.called, layer.biased, layer.late_reason = False, False, False, None
     layer.context, layer.lengths, layer.recent, layer.selection = None, {}, {}, None
+    layer.key_mask, layer.pairwise_mask = family.key_mask, family.pairwise_mask
     layer._attention_backend = getattr(original, "_attention_backend", None)
-    layer._parallel_config = getattr(original, "_parallel_config", None)
+    if hasattr(original, "_parallel_config"):
+        # diffusers hands its config to processors that have the attribute.
+        layer._parallel_config = original._parallel_config
     return layer
 
 
@@ -290,7 +358,7 @@ def _attend_layer(
     layer = _LAYERS[int(handle)]
     context = layer.lengths.get(query.shape[1], layer.context)
     assert context is not None
-    return layer._attend_sparse(query, key, value, context, key_bias, scale).contiguous()
+    return layer._attend_here(query, key, value, context, key_bias, scale).contiguous()
 
 
 @_attend_layer.register_fake

@@ -11,16 +11,30 @@ from .block_sparse_attention import (
     select_backend,
 )
 from .block_sparse_attention.convert import from_flex_block_mask, to_flash4_block_sparse, to_flex_block_mask
+from .clustering import Clusters, assign_clusters, cluster, order_by_label, update_centroids
 from .errors import UnsupportedBackendError
+from .linear_branch import linear_branch
+from .permutation import permute_tokens, unpermute_tokens
+from .pooled_tail import Pools, pool_for_tail, pooled_tail_attention, pooled_tail_merge_
 
 __all__ = [
     "BlockMask",
+    "Clusters",
+    "Pools",
     "UnsupportedBackendError",
+    "assign_clusters",
     "available_backends",
     "block_sparse_attention",
+    "cluster",
     "from_flex_block_mask",
+    "linear_branch",
     "merge_attention_states",
+    "order_by_label",
+    "permute_tokens",
     "pool_blocks",
+    "pool_for_tail",
+    "pooled_tail_attention",
+    "pooled_tail_merge_",
     "score_blocks",
     "select_backend",
     "select_block_lists",
@@ -28,4 +42,6 @@ __all__ = [
     "select_from_qk",
     "to_flash4_block_sparse",
     "to_flex_block_mask",
+    "unpermute_tokens",
+    "update_centroids",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vidsparse.errors import UnsupportedModelError
 from vidsparse.layout import LatentGrid
 
 Arguments = Mapping[str, Any]
@@ -33,6 +34,21 @@ def video_grid(arguments: Arguments, config: Any) -> LatentGrid:
     return LatentGrid(frames // patch_frames, height // patch, width // patch)
 
 
+def image_grid(arguments: Arguments, config: Any) -> LatentGrid:
+    """The grid of latents `[batch, channels, ..., height, width]`, each image or frame on its own."""
+    height, width = arguments["hidden_states"].shape[-2:]
+    return LatentGrid(1, height // config.patch_size, width // config.patch_size)
+
+
+def first_head(mask: torch.Tensor) -> torch.Tensor:
+    """A mask `[batch, num_heads, queries, keys]` that diffusers repeats for every head, once."""
+    return mask[:, :1] if mask.ndim == 4 else mask
+
+
+def no_obstacle(arguments: Arguments, config: Any) -> str | None:
+    return None
+
+
 def read_once(tensor: torch.Tensor, read: Callable[[torch.Tensor], Any]) -> Any:
     """What a function reads from a tensor on the host, kept on that tensor: one wait for the device in a generation."""
     kept = getattr(tensor, "_vidsparse_read", None)
@@ -54,8 +70,13 @@ class Family:
         text: (arguments, config) -> text and condition tokens (before, after) the video in the sequence of a target, the
             most first; several pairs where one forward makes calls of several lengths.
         processors: names of the family's processor classes whose code cannot run as it is, with those that stand in.
-        hidden_states: name of the forward's latent argument.
+        refused: names of processor classes that cannot be taken over, with the sentence that says why.
+        obstacle: (arguments, config) -> why this forward must stay dense, or None.
+        key_mask: attention mask as the family's processor passes it -> the same where that can be one per key.
+        pairwise_mask: masks over pairs of tokens have one row for all video tokens; the text comes first.
+        hidden_states: name of the forward's argument that tells batch size, device and dtype of attention.
         timestep: name of the forward's timestep argument.
+        rising_time: the timestep grows from step to step; nearly all families count it down.
     """
 
     name: str
@@ -64,9 +85,20 @@ class Family:
     grid: Callable[[Arguments, Any], LatentGrid]
     text: Callable[[Arguments, Any], Sequence[tuple[int, int]]] = no_text
     processors: Mapping[str, type] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    obstacle: Callable[[Arguments, Any], str | None] = no_obstacle
+    key_mask: Callable[[torch.Tensor], torch.Tensor] | None = None
+    pairwise_mask: bool = False
     hidden_states: str = "hidden_states"
     timestep: str = "timestep"
+    rising_time: bool = False
 
     def processor_class(self, original: type) -> type:
-        """The class whose code runs in place of a processor of the family: nearly always that class itself."""
+        """The class whose code runs in place of a processor of the family: nearly always that class itself.
+
+        Raises:
+            UnsupportedModelError: the family refuses this processor.
+        """
+        if original.__name__ in self.refused:
+            raise UnsupportedModelError(self.refused[original.__name__])
         return self.processors.get(original.__name__, original)

@@ -1,4 +1,4 @@
-"""Flux.1 (also Fill, Kontext, control): joint attention, text first, then the image, then reference images."""
+"""Flux.1 (also Fill, Kontext, control) and models built like it: joint attention, text, image, then reference images."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ def _is_target(path: str, module: Any) -> bool:
 def _grid(arguments: Arguments, config: Any) -> LatentGrid:
     def sizes(ids: torch.Tensor) -> LatentGrid:
         ids = ids[0] if ids.ndim == 3 else ids
-        # [tokens, (image, row, column)]; the first image is the one that is made, others are references.
+        # [tokens, (image, row, column)], in Flux 2 one more; the first image is the one that is made, others are
+        # references.
         made = ids[ids[:, 0] == ids[0, 0]]
-        _, height, width = (made.amax(0) - made.amin(0) + 1).int().tolist()
+        _, height, width, *_ = (made.amax(0) - made.amin(0) + 1).int().tolist()
         return LatentGrid(1, height, width)
 
     return read_once(arguments["img_ids"], sizes)
@@ -31,10 +32,37 @@ def _text(arguments: Arguments, config: Any) -> Sequence[tuple[int, int]]:
     return ((arguments["encoder_hidden_states"].shape[1], references),)
 
 
+_KV_REFUSED = (
+    "Flux 2's key-value processors keep the references' keys between steps and attend to them apart, so no single grid "
+    "describes a call; set the plain Flux 2 processors first."
+)
+
 FLUX = Family(
     name="Flux",
-    model_classes=("FluxTransformer2DModel",),
+    model_classes=(
+        "FluxTransformer2DModel",
+        "LongCatImageTransformer2DModel",
+        "OvisImageTransformer2DModel",
+        "BriaTransformer2DModel",
+    ),
     is_target=_is_target,
     grid=_grid,
     text=_text,
+)
+FLUX_2 = Family(
+    name="Flux 2",
+    model_classes=("Flux2Transformer2DModel",),
+    is_target=_is_target,
+    grid=_grid,
+    text=_text,
+    refused={"Flux2KVAttnProcessor": _KV_REFUSED, "Flux2KVParallelSelfAttnProcessor": _KV_REFUSED},
+)
+CHROMA = Family(
+    name="Chroma",
+    model_classes=("ChromaTransformer2DModel",),
+    is_target=_is_target,
+    grid=_grid,
+    text=_text,
+    # The blocks spread the mask over keys to pairs; its pipeline's is of floats, added to the scores.
+    pairwise_mask=True,
 )

@@ -1,0 +1,7 @@
+"""Linear attention beside block-sparse attention (SLA, arXiv:2509.24006)."""
+
+from __future__ import annotations
+
+from .api import linear_branch
+
+__all__ = ["linear_branch"]

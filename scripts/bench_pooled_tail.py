@@ -1,0 +1,207 @@
+"""Time the pooled tail beside the block-sparse kernel that it completes, on one GPU.
+
+    python scripts/bench_pooled_tail.py --output pooled_tail.json
+
+Checks the kernels against float64 first and prints no speed if that fails. Times are medians of CUDA events with a cold
+L2. `share` is the time over that of `block_sparse_attention` with its LSE at the same shape. `--sweep` also times other
+tile shapes of the tail kernel, each checked against the default one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from vidsparse_kernels import BlockMask, block_sparse_attention, merge_attention_states, pool_blocks
+from vidsparse_kernels.block_sparse_attention.configs import ForwardConfig
+from vidsparse_kernels.pooled_tail import pool_for_tail, pooled_tail_attention, pooled_tail_merge_
+from vidsparse_kernels.pooled_tail.forward import triton_tail
+from vidsparse_kernels.pooled_tail.words import listed_words
+from vidsparse_kernels.testing import make_block_mask, make_qkv, make_variable_block_mask
+
+SHAPES = ((32_760, 12, 128), (32_760, 40, 128), (75_600, 12, 128), (75_600, 40, 128))
+KV_BLOCK_SIZES = (64, 128)
+Q_BLOCK_SIZE, DENSITY = 128, 0.15
+BYTES_PER_MS = 4.26e9
+"""Device copy of an H200, bytes read and written."""
+SWEEP = (
+    ForwardConfig(128, 32, 4, 2, True), ForwardConfig(128, 32, 4, 3, True), ForwardConfig(128, 64, 4, 3, True),
+    ForwardConfig(128, 64, 8, 2, True), ForwardConfig(64, 64, 4, 2, True), ForwardConfig(64, 64, 4, 3, True),
+)  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--repeats", type=int, default=15, help="timed runs of each row (default 15)")
+    parser.add_argument("--sweep", action="store_true", help="also time other tile shapes")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("This benchmark needs a CUDA GPU.", file=sys.stderr)
+        return 2
+    machine = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": os.environ.get("VIDSPARSE_COMMIT", "unknown"),
+    }
+    print("  ".join(f"{name} {value}" for name, value in machine.items()))
+    try:
+        check_correctness()
+    except AssertionError as error:
+        print(f"Wrong result, so no speed is reported: {error}", file=sys.stderr)
+        return 1
+    rows = [
+        row for shape in SHAPES for size in KV_BLOCK_SIZES for row in bench_shape(*shape, size, arguments)
+    ]  # fmt: skip
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+def check_correctness() -> None:
+    """Tail and fused merge against float64 on ragged uniform blocks and on clusters."""
+    q, k, v = make_qkv(seq_len_q=5000, num_heads=4, num_kv_heads=2, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    wide = (q.double(), k.double(), v.double())
+    options: dict[str, Any] = dict(
+        seq_len_q=5000, q_block_size=128, kv_block_size=64, num_heads=4, empty_rows=True, full_rows=True
+    )
+    clusters: dict[str, Any] = dict(num_q_blocks=20, num_kv_blocks=90, offsets_heads=4)
+    for mask in (
+        make_block_mask(**options, density=DENSITY, device="cuda"),
+        make_variable_block_mask(**options, **clusters, density=DENSITY, device="cuda"),
+    ):
+        truth = pooled_tail_attention(*wide, mask)
+        got = pooled_tail_attention(q, k, v, mask)
+        close(got, truth, "tail")
+        kept = block_sparse_attention(q, k, v, mask, return_lse=True)
+        merged = merge_attention_states(kept[0].double(), kept[1].double(), *truth)
+        close(pooled_tail_merge_(*kept, q, k, v, mask), merged, "merge")
+        again = pooled_tail_attention(q, k, v, mask)
+        assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), "two runs differ"
+
+
+def close(got: tuple[torch.Tensor, torch.Tensor], truth: tuple[torch.Tensor, torch.Tensor], name: str) -> None:
+    """Relative root-mean-square error of the output within bf16's rounding of weights, values and result."""
+    assert torch.equal(got[1] == -torch.inf, truth[1] == -torch.inf), f"{name}: -inf in the wrong rows"
+    error = (got[0].double() - truth[0]).norm() / truth[0].norm()
+    assert error < 6e-3, f"{name}: relative error {error:.2e}"
+    finite = truth[1] > -torch.inf
+    largest = (got[1].double() - truth[1])[finite].abs().max()
+    assert largest < 2e-2, f"{name}: LSE off by {largest:.2e}"
+
+
+def bench_shape(
+    seq_len: int, num_heads: int, head_dim: int, kv_block_size: int, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    query, key, value = make_qkv(
+        seq_len_q=seq_len, num_heads=num_heads, head_dim=head_dim, dtype=torch.bfloat16, device="cuda"
+    )
+    mask = random_mask(seq_len, num_heads, kv_block_size)
+    mk, scale = mask.num_kv_blocks, head_dim**-0.5
+    rows: list[dict[str, Any]] = []
+    sparse = measure(lambda: block_sparse_attention(query, key, value, mask, return_lse=True), arguments.repeats)
+
+    def add(name: str, call: Callable[[], Any] | float, flops: float = 0.0, gigabytes: float = 0.0) -> None:
+        ms = measure(call, arguments.repeats) if callable(call) else call
+        row = {
+            "what": name, "seq_len": seq_len, "num_heads": num_heads, "head_dim": head_dim,
+            "blocks": [Q_BLOCK_SIZE, kv_block_size], "density": DENSITY, "ms": ms, "share": ms / sparse,
+            "tflops": flops / ms / 1e9, "copy_rate": gigabytes * 1e9 / BYTES_PER_MS / ms,
+        }  # fmt: skip
+        rows.append(row)
+        rate = f"{row['tflops']:6.0f} TFLOP/s" if flops else f"{100 * row['copy_rate']:6.0f} % of the copy rate"
+        print(
+            f"S={seq_len:6d} H={num_heads:2d} D={head_dim:3d} {Q_BLOCK_SIZE}x{kv_block_size:<3d} {name:44s} "
+            f"{ms:8.3f} ms {100 * row['share']:7.1f} % of sparse  {rate if flops or gigabytes else ''}",
+            flush=True,
+        )
+
+    tokens = seq_len * num_heads * head_dim
+    # Every virtual token is multiplied, the listed ones too, and the first-order matrix once.
+    tail_flops = 4.0 * tokens * mk + 2.0 * tokens * head_dim
+    add("block_sparse_attention with LSE", sparse, 4.0 * tokens * DENSITY * seq_len)
+    pools = pool_for_tail(key, value, mask)
+    add("pool key only (mean, for the selection)", lambda: pool_blocks(key, kv_block_size), gigabytes=2 * tokens / 1e9)
+    add("pool_for_tail", lambda: pool_for_tail(key, value, mask), gigabytes=4 * tokens / 1e9)
+    add("pool_for_tail, no first order", lambda: pool_for_tail(key, value, mask, first_order=False),
+        gigabytes=4 * tokens / 1e9)  # fmt: skip
+
+    def words() -> None:
+        mask._cache.pop("listed_words", None)
+        listed_words(mask)
+
+    add("words of listed blocks (kept on the mask)", words)
+    add("tail", lambda: pooled_tail_attention(query, key, value, mask, pools=pools), tail_flops)
+    add("tail, no first order",
+        lambda: pooled_tail_attention(query, key, value, mask, pools=pools, first_order=False),
+        4.0 * tokens * mk)  # fmt: skip
+    # Merging over and over keeps the values finite and the work the same.
+    out, lse = block_sparse_attention(query, key, value, mask, return_lse=True)
+    add(
+        "tail with fused merge", lambda: pooled_tail_merge_(out, lse, query, key, value, mask, pools=pools), tail_flops
+    )
+    add("words, pools, tail with fused merge",
+        lambda: (words(), pooled_tail_merge_(out, lse, query, key, value, mask)), tail_flops)  # fmt: skip
+    if arguments.sweep and kv_block_size == 64 and num_heads == 12:
+        wanted = triton_tail(query, pools, mask, scale=scale, first_order=True)[0]
+        for config in SWEEP:
+
+            def call(config: ForwardConfig = config) -> torch.Tensor:
+                return triton_tail(query, pools, mask, scale=scale, first_order=True, config=config)[0]
+
+            try:
+                error = float((call() - wanted).float().norm() / wanted.float().norm())
+            except triton.runtime.errors.OutOfResources as refused:
+                print(f"{config}: {refused}")
+                continue
+            if error > 5e-3:
+                print(f"{config}: relative error {error:.1e}, not timed")
+                continue
+            name = f"tail {config.block_m}x{config.block_n} warps {config.num_warps} stages {config.num_stages}"
+            add(name, call, tail_flops)
+    return rows
+
+
+def random_mask(seq_len: int, num_heads: int, kv_block_size: int) -> BlockMask:
+    """The same number of random blocks in every row of every head."""
+    mq, mk = -(-seq_len // Q_BLOCK_SIZE), -(-seq_len // kv_block_size)
+    count = round(DENSITY * mk)
+    generator = torch.Generator("cuda").manual_seed(0)
+    scores = torch.rand(1, num_heads, mq, mk, generator=generator, device="cuda")
+    indices = scores.topk(count, -1, sorted=False).indices.sort(-1).values.to(torch.int32)
+    counts = torch.full((1, num_heads, mq), count, dtype=torch.int32, device="cuda")
+    return BlockMask.from_indices(
+        counts, indices, seq_len_q=seq_len, seq_len_kv=seq_len, q_block_size=Q_BLOCK_SIZE, kv_block_size=kv_block_size
+    )
+
+
+def measure(run: Callable[[], Any], repeats: int) -> float:
+    """Median milliseconds by CUDA events; L2 is flushed between runs, as a model's other layers would."""
+    for _ in range(2):
+        run()
+    torch.cuda.synchronize()
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, stop in pairs:
+        flush.zero_()
+        start.record()
+        run()
+        stop.record()
+    torch.cuda.synchronize()
+    return sorted(start.elapsed_time(stop) for start, stop in pairs)[repeats // 2]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""Run every family through its checks and write what came out to docs/families.md.
+
+    python scripts/write_family_table.py
+
+Takes about a minute on one core; needs no network and no GPU. Nothing is written when a check fails.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+from vidsparse.processors.families import REFUSED
+from vidsparse.testing import CASES
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = ROOT / "tests" / "core" / "test_model_families.py"
+TABLE = ROOT / "docs" / "families.md"
+
+COLUMNS = {
+    "bare processor": "test_full_mask_equals_stock",
+    "sparse = masked dense": "test_sparse_equals_masked_dense",
+    "text, conditions untouched": "test_text_and_conditions_keep_the_familys_processors",
+    "checkpointing": "test_gradient_checkpointing_gives_the_same_gradients",
+    "compile": "test_compiled_gives_the_same",
+}
+"""Head of a column -> the test behind it."""
+
+HEAD = """\
+# Model families
+
+Written by `scripts/write_family_table.py` from a run of `tests/core/test_model_families.py` with diffusers {version}.
+
+Every row is a tiny random model of the real diffusers class, on which nothing but
+`transformer.set_attn_processor(processor)` was called, on a grid that fills no whole number of blocks and, where the
+family has them, with padded prompts and their masks.
+
+- *bare processor*: with every block kept, the output is the stock processor's within fp32 rounding; after the
+  processor is taken off it is bit-identical to before.
+- *sparse = masked dense*: with a random 40 % of blocks kept, the output is that of dense attention under the same mask.
+- *batch 2*: both hold for two samples, too, whose prompts have different lengths where the family masks padding.
+- *text, conditions untouched*: cross-attention, refiners, sound and adapters keep the family's own processors.
+- *checkpointing*: gradients with and without gradient checkpointing are equal.
+- *compile*: `compile_repeated_blocks(fullgraph=True)` gives the same output; "no blocks" where diffusers names none to
+  compile.
+
+"""
+
+SOMETIMES_DENSE = """
+## Calls that stay dense
+
+The report of these calls says why, and under `strict` they raise `DenseFallbackError`:
+
+- Kandinsky 5 where its pipeline asks for the model's own sparse attention (NABLA);
+- Lumina 2 with captions of different lengths in one batch, Z-Image and HiDream with images of different sizes in one
+  batch, Z-Image Omni with several images in one sequence;
+- SkyReels-V2 with causal blocks, and any call whose attention mask is more than one entry per key.
+
+## Remarks
+
+- History (Helios), reference images (Flux Kontext, Flux 2, Qwen-Image-Edit), keyframes (LTX-2), sound and conditions
+  (MiniMax-H3) and the filling between image and caption (Z-Image, HiDream) count as text: they see and are seen by all.
+- Motif-Video's last layers attend to the encoded video beside the one that is made; that copy counts as text, too, so
+  these layers gain little.
+- Latte is sparse within frames only; its attention over time has a few tokens.
+- The released Cosmos models need torchvision, which diffusers uses to resize a mask.
+- Flux 2 with key-value processors is refused when the processor is set.
+"""
+
+REFUSED_HEAD = """
+## Refused
+
+`set_attn_processor` and `vidsparse.apply` raise `UnsupportedModelError` with this sentence:
+
+| transformer | why |
+| --- | --- |
+"""
+
+
+def outcomes(report: Path) -> dict[tuple[str, str], str]:
+    """(test, family) -> "✓" or the reason for which it was skipped.
+
+    Raises:
+        SystemExit: a test failed.
+    """
+    found = {}
+    for case in ET.parse(report).getroot().iter("testcase"):
+        if case.find("failure") is not None or case.find("error") is not None:
+            sys.exit(f"{case.get('name')} failed; {TABLE.relative_to(ROOT)} stays as it is.")
+        match = re.fullmatch(r"(\w+)\[(.+)\]", case.get("name", ""))
+        if match is not None:
+            skipped = case.find("skipped")
+            found[match.groups()] = "✓" if skipped is None else skipped.get("message", "skipped")
+    return found
+
+
+def rows(found: dict[tuple[str, str], str]) -> list[str]:
+    heads = ["family", "transformer", *COLUMNS]
+    heads.insert(4, "batch 2")
+    lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join(["---"] * len(heads)) + " |"]
+    for family, case in CASES.items():
+        cells = [found[test, family] for test in COLUMNS.values()]
+        stock, sparse = cells[:2]
+        cells.insert(2, "✓" if stock == sparse == "✓" and 2 in case.batches else "not tried")
+        cells = ["no blocks" if cell.startswith("diffusers names no repeated blocks") else cell for cell in cells]
+        lines.append("| " + " | ".join([family, f"`{type(case.build()).__name__}`", *cells]) + " |")
+    return lines
+
+
+def main() -> None:
+    import diffusers
+
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", str(TESTS)]
+        subprocess.run(command, cwd=ROOT, check=False)
+        if not report.exists():
+            sys.exit("pytest wrote no report.")
+        found = outcomes(report)
+    refused = [f"| `{name}` | {reason[0].upper()}{reason[1:]}. |" for name, reason in REFUSED.items()]
+    text = HEAD.format(version=diffusers.__version__) + "\n".join(rows(found)) + "\n"
+    TABLE.write_text(text + SOMETIMES_DENSE + REFUSED_HEAD + "\n".join(refused) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

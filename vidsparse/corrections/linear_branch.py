@@ -1,0 +1,53 @@
+"""The linear branch: linear attention beside the sparse one, added through a trained projection (SLA, arXiv 2509.24006)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from vidsparse.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vidsparse.parts import Selection
+    from vidsparse.processors.context import AttentionContext
+
+
+@dataclass(frozen=True)
+class LinearBranch:
+    """out + projection(linear attention), the projection being the layer's own (`AttentionContext.projection`).
+
+    Attributes:
+        feature_map: "softmax", "elu" or "relu".
+        coverage: "all" keys, or the "non_selected" ones.
+    """
+
+    feature_map: str
+    coverage: str
+    needs_lse: bool = False
+
+    def correct(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        selection: Selection,
+        context: AttentionContext,
+        scale: float,
+        key_bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        from vidsparse_kernels import linear_branch
+
+        if context.projection is None:
+            raise ConfigError("The linear branch needs a projection for each layer; bind the method to a model.")
+        if key_bias is not None:
+            # A key that nobody may see has no value and, being 0 in every sum, hardly any feature.
+            seen = (key_bias > -torch.inf).transpose(1, 2)[..., None]
+            key, value = key.masked_fill(~seen, 0), value.masked_fill(~seen, 0)
+        mask = selection.block_mask if self.coverage == "non_selected" else None
+        branch = linear_branch(query, key, value, mask, feature_map=self.feature_map, coverage=self.coverage)
+        weight = context.projection.weight
+        return out + torch.nn.functional.linear(branch.to(weight.dtype), weight).to(out.dtype)

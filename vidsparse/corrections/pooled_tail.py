@@ -1,0 +1,46 @@
+"""The pooled tail: what a selection drops enters by its means (PISA, arXiv 2602.01077, section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from vidsparse.parts import Selection
+    from vidsparse.processors.context import AttentionContext
+
+
+@dataclass(frozen=True)
+class PooledTail:
+    """Every dropped block counts as its mean key, as often as it has tokens, with its mean value; exact merge by LSE.
+
+    Attributes:
+        first_order: add the first-order term of the expansion, one for all blocks of a head.
+    """
+
+    first_order: bool = True
+    needs_lse: bool = True
+
+    def correct(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        selection: Selection,
+        context: AttentionContext,
+        scale: float,
+        key_bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        # Padding of a prompt stands in text blocks, which every row lists: the tail never sees it.
+        from vidsparse_kernels import merge_attention_states, pooled_tail_attention, pooled_tail_merge_
+
+        assert lse is not None
+        options = {"scale": scale, "first_order": self.first_order}
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+            tail = pooled_tail_attention(query, key, value, selection.block_mask, **options)
+            return merge_attention_states(out, lse, *tail)[0]
+        return pooled_tail_merge_(out, lse, query, key, value, selection.block_mask, **options)[0]

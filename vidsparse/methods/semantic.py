@@ -1,0 +1,124 @@
+"""Sparse VideoGen 2 (arXiv 2505.18875): attention between clusters of alike tokens, chosen by the mass of their centroids.
+
+Queries and keys of each head are clustered by k-means after norm and rotary embedding (section 4.1), each side in its own
+order; clusters of keys are taken by estimated softmax mass up to `top_p` (section 4.2); centroids are kept from step to
+step. Text keeps its place and stays dense.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vidsparse.checks import check_share, is_number, is_whole
+from vidsparse.errors import ConfigError
+from vidsparse.processors.base import SparseProcessor
+from vidsparse.schedule import Schedule
+
+if TYPE_CHECKING:
+    from vidsparse.layout import LatentGrid, TokenLayout
+    from vidsparse.parts import Parts
+
+BLOCKS = ("clusters", "uniform")
+
+
+@dataclass(frozen=True)
+class SemanticConfig:
+    """Settings of the method "semantic"; defaults are those of the authors' Wan 2.1 text-to-video script at 720p.
+
+    Attributes:
+        q_clusters: clusters of the queries of a head, default 300 (the authors use 200 at 480p, 400 for HunyuanVideo).
+        k_clusters: clusters of the keys, default 1000. Both are lowered to at most a 32nd of the tokens.
+        top_p: softmax mass that the chosen clusters of a row reach, in (0, 1]; default 0.9.
+        density: in place of `top_p`, the share of the key clusters (blocks) that every row takes, in (0, 1].
+        min_share: least share of the key clusters of a row, in [0, 1]; default 0.1.
+        first_iterations: k-means iterations in the first sparse step, default 20 (the authors use 50).
+        step_iterations: iterations in later steps, from the centroids kept, default 2.
+        blocks: "clusters" (the paper): a block is a cluster. "uniform": tokens sorted by cluster are cut into blocks of
+            equal size, which are chosen by their means: nothing is lost to padding. Default "clusters".
+        schedule: dense steps and layers; default a quarter of the steps and the first layer.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    q_clusters: int = 300
+    k_clusters: int = 1000
+    top_p: float | None = None
+    density: float | None = None
+    min_share: float = 0.1
+    first_iterations: int = 20
+    step_iterations: int = 2
+    blocks: str = "clusters"
+    schedule: Schedule = field(default_factory=lambda: Schedule(dense_layers=1))
+
+    def __post_init__(self) -> None:
+        for name in ("q_clusters", "k_clusters", "first_iterations", "step_iterations"):
+            value = getattr(self, name)
+            if not is_whole(value) or value < 1:
+                raise ConfigError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+        if self.density is not None and self.top_p is not None:
+            raise ConfigError(f"Give `density` or `top_p`, not both; got {self.density!r} and {self.top_p!r}.")
+        for name in ("density", "top_p"):
+            if getattr(self, name) is not None:
+                check_share(name, getattr(self, name))
+        if not is_number(self.min_share) or not 0 <= self.min_share <= 1:
+            raise ConfigError(f"`min_share` must be in [0, 1], got {self.min_share!r}.")
+        if self.blocks not in BLOCKS:
+            raise ConfigError(f"`blocks` must be one of {', '.join(BLOCKS)}, got {self.blocks!r}.")
+
+    @property
+    def mass(self) -> float | None:
+        """The `top_p` in force."""
+        return DEFAULT_TOP_P if self.density is None and self.top_p is None else self.top_p
+
+
+DEFAULT_TOP_P = 0.9
+TOKENS_PER_CLUSTER = 32
+
+
+class SemanticProcessor(SparseProcessor):
+    """Attention processor for Sparse VideoGen 2 (alias `SVG2Processor`).
+
+    Args:
+        options: fields of `SemanticConfig` and of `Schedule`, by keyword.
+
+    Raises:
+        ConfigError: an option is unknown or out of range.
+
+    Example:
+        >>> pipe.transformer.set_attn_processor(SemanticProcessor(top_p=0.9))
+    """
+
+    method = "semantic"
+    config_class = SemanticConfig
+
+    def layout(self, grid: LatentGrid, text_before: int = 0, text_after: int = 0) -> TokenLayout:
+        from vidsparse.layout import TokenLayout
+        from vidsparse.selection.blocks import block_sizes
+
+        q_block_size, _ = block_sizes(grid.num_tokens + text_before + text_after)
+        return TokenLayout(grid, text_before, text_after, block_size=q_block_size)
+
+    def parts(self, layout: TokenLayout, device: Any) -> tuple[Parts, str | None]:
+        from vidsparse.parts import Parts
+        from vidsparse.selection.blocks import PooledSelector
+        from vidsparse.selection.clusters import Clustering, ClusterSelector, SortedSelector
+
+        config = self.config
+        most = max(1, layout.grid.num_tokens // TOKENS_PER_CLUSTER)
+        clustering = Clustering(
+            min(config.q_clusters, most), min(config.k_clusters, most), config.first_iterations, config.step_iterations
+        )
+        if config.blocks == "clusters":
+            selector = ClusterSelector(layout, clustering, config.mass, config.min_share, config.density)
+        else:
+            inner = PooledSelector(layout, device, config.density, config.mass)
+            selector = SortedSelector(layout, clustering, inner)
+        note = None
+        if most < config.k_clusters:
+            note = f"{most} clusters at most, of {TOKENS_PER_CLUSTER} tokens in the mean, for grid {layout.grid}"
+        return Parts(selector=selector, density=config.density), note
+
+
+SVG2Processor = SemanticProcessor
