@@ -86,7 +86,7 @@ def make_context(layout: TokenLayout, recipe: Recipe, device: torch.device | str
 
     processor = processor_class(recipe.method)(recipe)
     layout = processor.layout(layout.grid, layout.text_before, layout.text_after)
-    parts, _ = processor.parts(layout, device)
+    parts, _ = processor.parts_with_reuse(layout, device)
     return AttentionContext(0, 1, None, None, None, layout, parts=parts)
 
 
@@ -136,22 +136,27 @@ def _select(query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -
     """The selection of this call: the one kept from an earlier step while the schedule says so, else a new one."""
     parts, memory = context.parts, context.memory
     assert parts is not None
-    if parts.selector is None:
-        assert parts.block_mask is not None
-        return Selection(parts.block_mask)
     if memory is None or context.step_index is None:
-        with torch.no_grad():
-            return parts.selector.select(query, key, context)
+        return _select_anew(query, key, context)
     memory.open(query, context.layout)
     kept = memory.get("selection")
     if kept is not None and memory.step is not None and 0 <= context.step_index - memory.step < context.refresh_every:
         return kept
-    with torch.no_grad():
-        selection = parts.selector.select(query, key, context)
+    selection = _select_anew(query, key, context)
     memory.step = context.step_index
     if context.refresh_every > 1:
         memory.keep("selection", selection, selection.tensors())
     return selection
+
+
+def _select_anew(query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> Selection:
+    parts = context.parts
+    assert parts is not None
+    if parts.selector is None:
+        assert parts.block_mask is not None
+        return Selection(parts.block_mask)
+    with torch.no_grad():
+        return parts.selector.select(query, key, context)
 
 
 def _over_blocks(

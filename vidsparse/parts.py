@@ -39,7 +39,7 @@ class Selection:
     ) -> None:
         self.block_mask = block_mask
         self.q_order, self.kv_order = q_order, kv_order
-        self.text = {"text_before": text_before, "text_after": text_after}
+        self.text_before, self.text_after = text_before, text_after
         self.details = details or {}
         self.backend: tuple[str, str] | None = None
         self._density: torch.Tensor | float | None = None
@@ -65,8 +65,9 @@ class Selection:
             return query, key, value
         from vidsparse_kernels import permute_tokens
 
-        key, value = permute_tokens((key, value), self.kv_order, **self.text)
-        return permute_tokens(query, self.q_order, **self.text), key, value
+        before, after = self.text_before, self.text_after
+        key, value = permute_tokens((key, value), self.kv_order, text_before=before, text_after=after)
+        return permute_tokens(query, self.q_order, text_before=before, text_after=after), key, value
 
     def restore(self, out: torch.Tensor) -> torch.Tensor:
         """The inverse of the query's order."""
@@ -74,7 +75,7 @@ class Selection:
             return out
         from vidsparse_kernels import unpermute_tokens
 
-        return unpermute_tokens(out, self.q_order, **self.text)
+        return unpermute_tokens(out, self.q_order, text_before=self.text_before, text_after=self.text_after)
 
 
 def token_density(mask: BlockMask) -> torch.Tensor | float:
@@ -175,6 +176,10 @@ class LayerMemory:
             return False
         self.kept[name], self._sizes[name] = value, size
         return True
+
+    def has_room(self, size: int) -> bool:
+        """Whether so many bytes could be kept beside what is there."""
+        return self.budget.limit is None or self.budget.used + size <= self.budget.limit
 
     def drop(self, name: str) -> None:
         self.kept.pop(name, None)

@@ -10,6 +10,8 @@ from vidsparse.errors import ConfigError
 ASSUMED_WARMUP_STEPS = 12
 """Warm-up when nobody says how many steps there are: 12 of 50, as in Radial Attention (arXiv 2506.19852, section 5)."""
 
+KEEPS = ("nothing", "state", "residual")
+
 WARMUP = "warm-up step"
 COOLDOWN = "cool-down step"
 DENSE_LAYER = "dense layer"
@@ -34,6 +36,11 @@ class Schedule:
         dense_layers: first layers that run dense in every step, default 0.
         refresh_every: steps that one selection of blocks serves, per layer and guidance branch, at least 1 (default:
             every step selects anew). For methods that select from query and key; a static mask never changes.
+        keep: what else is kept until the next selection, so needs `refresh_every` above 1: "nothing" (default); "state":
+            attention over the dropped blocks, computed in the step of the selection, which is then exact and costs a
+            dense step, and merged into the steps after it (FlashBlock); "residual": the same with its share of the mass
+            kept too (Re-ttention). For any method without a correction of its own. Takes the memory of one attention
+            output per layer and branch.
         reuse_gib: most memory that reuse may keep, in GiB over all layers and branches; layers that find no room
             select in every step and the report says so. Default None: no limit.
         min_tokens: sequences shorter than this run dense, in tokens; 0 never. None (default): in generations a call runs
@@ -47,6 +54,7 @@ class Schedule:
     cooldown_steps: int = 0
     dense_layers: int = 0
     refresh_every: int = 1
+    keep: str = "nothing"
     reuse_gib: float | None = None
     min_tokens: int | None = None
 
@@ -61,6 +69,10 @@ class Schedule:
             raise ConfigError(
                 f"`refresh_every` must be a whole number of at least 1 step, got {self.refresh_every!r}."
             )
+        if self.keep not in KEEPS:
+            raise ConfigError(f"`keep` must be one of {', '.join(KEEPS)}, got {self.keep!r}.")
+        if self.keep != "nothing" and self.refresh_every == 1:
+            raise ConfigError(f"`keep` {self.keep!r} needs `refresh_every` of at least 2 steps, got 1.")
         if self.reuse_gib is not None and (isinstance(self.reuse_gib, bool) or not self.reuse_gib >= 0):
             raise ConfigError(f"`reuse_gib` must be at least 0, got {self.reuse_gib!r}.")
 

@@ -52,6 +52,9 @@ class KeptState:
             if self.residual:
                 return out * second + first
             return merge_attention_states(out, lse, first, second)[0]
+        if not memory.has_room(out.numel() * out.element_size() + lse.numel() * lse.element_size()):
+            memory.budget.refused += 1
+            return out
         rest, rest_lse = block_sparse_attention(
             query, key, value, selection.block_mask.complement(), scale=scale, key_bias=key_bias, return_lse=True
         )

@@ -13,6 +13,7 @@ from vidsparse.methods.radial import RadialConfig, RadialProcessor
 from vidsparse.methods.random import RandomConfig, RandomProcessor
 from vidsparse.methods.semantic import SemanticConfig, SemanticProcessor
 from vidsparse.methods.sparse_linear import SparseLinearConfig, SparseLinearProcessor
+from vidsparse.methods.svg1 import SVG1Config, SVG1Processor
 from vidsparse.methods.vidsparse import VidsparseConfig, VidsparseProcessor
 from vidsparse.schedule import Schedule
 
@@ -23,6 +24,7 @@ PROCESSORS: dict[str, type[SparseProcessor]] = {
     "radial": RadialProcessor,
     "vidsparse": VidsparseProcessor,
     "semantic": SemanticProcessor,
+    "svg1": SVG1Processor,
     "pisa": PisaProcessor,
     "sla": SparseLinearProcessor,
     "pooled": PooledProcessor,
@@ -65,6 +67,8 @@ __all__ = [
     "RadialProcessor",
     "RandomConfig",
     "RandomProcessor",
+    "SVG1Config",
+    "SVG1Processor",
     "SemanticConfig",
     "SemanticProcessor",
     "SparseLinearConfig",

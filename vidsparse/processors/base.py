@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vidsparse.break_even import CallShape
@@ -80,6 +81,26 @@ class SparseProcessor(ABC):
         mask, note = self.build_mask(layout, device)
         return Parts(mask), note
 
+    def parts_with_reuse(self, layout: TokenLayout, device: Any) -> tuple[Parts, str | None]:
+        """`parts`, with what the schedule keeps between steps.
+
+        Raises:
+            ConfigError: the schedule keeps the dropped blocks' attention and the method has a correction of its own.
+        """
+        parts, note = self.parts(layout, device)
+        keep = self.recipe.schedule.keep
+        if keep == "nothing" or self.always_dense:
+            return parts, note
+        from vidsparse.corrections.kept_state import KeptState
+        from vidsparse.errors import ConfigError
+
+        if parts.correction is not None:
+            raise ConfigError(
+                f"`keep` {keep!r} and the correction of method {self.method!r} would both stand for the dropped blocks; "
+                "use one of them."
+            )
+        return replace(parts, correction=KeptState(residual=keep == "residual")), note
+
     def build_mask(self, layout: TokenLayout, device: Any) -> tuple[BlockMask, str | None]:
         """The block mask of a static method for a layout on a device, and a note for the report or None."""
         raise NotImplementedError(f"{type(self).__name__} selects blocks from query and key.")
@@ -149,7 +170,7 @@ class SparseProcessor(ABC):
             if value < 1:
                 raise ConfigError(f"`{name}` of a plan must be at least 1, got {value}.")
         layout = self.layout(grid)
-        parts, note = self.parts(layout, "cpu")
+        parts, note = self.parts_with_reuse(layout, "cpu")
         schedule = self.recipe.schedule
         num_heads, head_dim = heads or (1, 128)
         shape = CallShape(1, num_heads, layout.seq_len, head_dim)

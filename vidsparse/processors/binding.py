@@ -30,6 +30,8 @@ from vidsparse.schedule import ASKED_FOR, METHOD_DENSE, UNKNOWN_STEP
 FAST_ON_CUDA = frozenset({"triton", "hopper", "flash4", "flex"})
 SCORES_SKIPPED = "attention scores skipped by perturbed-attention guidance"
 BINDING = "_vidsparse_binding"
+PROJECTION = "proj_l"
+"""Name of a layer's projection for the linear branch, as in the public SLA and TurboDiffusion checkpoints."""
 REPLACE_PROCESSORS = ("fuse_qkv_projections", "unfuse_qkv_projections")
 """Methods of a model after which some families have other processors (CogVideoX, Stable Diffusion 3)."""
 
@@ -194,7 +196,10 @@ class Binding:
             for index, (name, original) in enumerate(self.saved.items())
         ]
         for name, layer in zip(self.saved, self.layers, strict=True):
-            _put(model.get_submodule(name), layer)
+            module = model.get_submodule(name)
+            _put(module, layer)
+            if self.processor.has_projection and not hasattr(module, PROJECTION):
+                module.add_module(PROJECTION, _zero_projection(module))
         self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._handles = [
             model.register_forward_pre_hook(_Before(self), with_kwargs=True),
@@ -222,6 +227,8 @@ class Binding:
                 _put(module, original)
             layer.context = None
             layer.lengths.clear()
+            if self.processor.has_projection and hasattr(module, PROJECTION):
+                delattr(module, PROJECTION)
             layer.recent.clear()
         for handle in self._handles:
             handle.remove()
@@ -295,7 +302,7 @@ class Binding:
                     self._check_strict(reasons, layout.seq_len, slow)
         self._rows = []
         schedule = processor.recipe.schedule
-        for layer, reason in zip(self.layers, reasons, strict=True):
+        for path, layer, reason in zip(self.saved, self.layers, reasons, strict=True):
             sparse = reason is None
             # Training and layers that never select keep nothing.
             keeps = sparse and run.step is not None and parts[0] is not None and not parts[0].is_static
@@ -310,6 +317,7 @@ class Binding:
                     layout=each,
                     parts=each_parts if sparse else None,
                     memory=memory,
+                    projection=getattr(model.get_submodule(path), PROJECTION, None),
                     refresh_every=schedule.refresh_every,
                     backend=backend if sparse else "auto",
                     bias_backend=bias_backend if sparse else "auto",
@@ -430,6 +438,15 @@ class Binding:
                     f'Sparse attention would run on the slow backend "{name}" ({reason}); turn off `strict` to allow it.'
                 )
         return name, reason
+
+
+def _zero_projection(attention: Any) -> torch.nn.Linear:
+    """The projection of a linear branch: without bias, shared by the heads, zero until it is trained (SLA, section 4.2)."""
+    weight = attention.to_q.weight
+    dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else torch.float32
+    linear = torch.nn.Linear(_head_dim(attention), _head_dim(attention), bias=False, device=weight.device, dtype=dtype)
+    torch.nn.init.zeros_(linear.weight)
+    return linear
 
 
 def _num_heads(attention: Any) -> int:

@@ -167,7 +167,7 @@ class RunState:
                 self.parts.pop(next(iter(self.parts)))
             # A mask made in inference mode could not be saved for a backward pass later.
             with torch.inference_mode(False):
-                self.parts[where] = processor.parts(layout, device)
+                self.parts[where] = processor.parts_with_reuse(layout, device)
         parts, note = self.parts[where]
         if note is not None:
             self.report.note(note)

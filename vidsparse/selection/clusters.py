@@ -138,7 +138,8 @@ class SortedSelector:
 
         layout = self.layout
         q, k = self.clustering.run(query, key, layout, context)
-        text = {"text_before": layout.text_before, "text_after": layout.text_after}
-        query, key = permute_tokens(query, q.order, **text), permute_tokens(key, k.order, **text)
+        before, after = layout.text_before, layout.text_after
+        query = permute_tokens(query, q.order, text_before=before, text_after=after)
+        key = permute_tokens(key, k.order, text_before=before, text_after=after)
         mask = self.inner.select(query, key, context).block_mask
-        return Selection(mask, q.order, k.order, layout.text_before, layout.text_after)
+        return Selection(mask, q.order, k.order, before, after)

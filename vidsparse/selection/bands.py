@@ -1,0 +1,93 @@
+"""For each head one of two static masks: the one that changes the output of sampled rows less (Sparse VideoGen)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+
+from vidsparse.layout import TokenLayout
+from vidsparse.masks.bands import KINDS, band_dense_blocks, solve_band_width
+from vidsparse.parts import Selection
+from vidsparse.selection.blocks import block_sizes
+
+if TYPE_CHECKING:
+    from vidsparse.processors.context import AttentionContext
+    from vidsparse_kernels import BlockMask
+
+
+@dataclass(frozen=True)
+class BandSelector:
+    """Spatial or temporal band per head, by the error on rows sampled over the whole sequence.
+
+    Attributes:
+        layout: the tokens.
+        device: of the calls.
+        density: of both masks.
+        rows: sampled query rows.
+        sink_frames: first latent frames that every query sees.
+    """
+
+    layout: TokenLayout
+    device: torch.device | str
+    density: float
+    rows: int
+    sink_frames: int
+
+    @cached_property
+    def _masks(self) -> list[BlockMask]:
+        from vidsparse_kernels import BlockMask
+
+        q_size, kv_size = block_sizes(self.layout.seq_len)
+        sizes = {"q_block_size": q_size, "kv_block_size": kv_size, "sink_frames": self.sink_frames}
+        masks = []
+        for kind in KINDS:
+            width = solve_band_width(self.layout, kind, self.density, **sizes)
+            dense = torch.from_numpy(band_dense_blocks(self.layout, kind, width, **sizes))
+            seq_len = self.layout.seq_len
+            with torch.inference_mode(False):
+                mask = BlockMask.from_dense(
+                    dense[None, None],
+                    seq_len_q=seq_len,
+                    seq_len_kv=seq_len,
+                    q_block_size=q_size,
+                    kv_block_size=kv_size,
+                )
+            masks.append(mask.to(self.device))
+        return masks
+
+    def select(self, query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> Selection:
+        from vidsparse_kernels import BlockMask
+
+        spatial, temporal = self._masks
+        better = self._temporal_is_better(query, key, context)
+        room = max(spatial.kv_indices.shape[-1], temporal.kv_indices.shape[-1])
+        indices = [torch.nn.functional.pad(m.kv_indices, (0, room - m.kv_indices.shape[-1])) for m in self._masks]
+        choice = better[:, :, None]
+        mask = BlockMask(
+            torch.where(choice, temporal.kv_num_blocks, spatial.kv_num_blocks),
+            torch.where(choice[..., None], indices[1], indices[0]),
+            query.shape[1],
+            key.shape[1],
+            spatial.q_block_size,
+            spatial.kv_block_size,
+        )
+        return Selection(mask)
+
+    def _temporal_is_better(self, query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+        """Bool `[batch, heads]`: by the probability mass that each mask keeps of the sampled rows.
+
+        Sparse VideoGen compares outputs; the mass that a mask keeps of a row orders masks without reading the values.
+        """
+        rows = torch.linspace(0, query.shape[1] - 1, min(self.rows, query.shape[1]), device=query.device).long()
+        sampled = query[:, rows].float() * query.shape[-1] ** -0.5
+        logits = torch.einsum("brhd,bkhd->bhrk", sampled, key.float())
+        weights = logits.softmax(-1)
+        kept = []
+        for mask in self._masks:
+            blocks = mask.to_dense()[0, 0, rows // mask.q_block_size]
+            tokens = blocks.repeat_interleave(mask.kv_block_size, 1)[:, : key.shape[1]]
+            kept.append((weights * tokens).sum(-1).mean(-1))
+        return kept[1] > kept[0]
