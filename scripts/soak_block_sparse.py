@@ -371,7 +371,6 @@ def make_pool(arguments: argparse.Namespace) -> list[Combination]:
                 dtype=rng.choice(possible[:-1]),
                 q_block_size=rng.choice((128, 256)),
                 kv_block_size=rng.choice((64, 128)),
-                bias=False,
                 descriptors=True,
                 layouts=tuple(rng.choice(("contiguous", "heads first", "fused", "gaps")) for _ in range(4)),
             )
@@ -759,9 +758,12 @@ def dense_sdpa(case: Case) -> Tensor:
     """torch's dense attention with a mask: what eager attention is to the backend made of it."""
     q, k, v = (x.transpose(1, 2) for x in case.tensors)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    allowed = token_mask(case.mask).expand(q.shape[0], q.shape[1], -1, -1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=case.scale)
-    return torch.where(allowed.any(-1, keepdim=True), out, 0.0).transpose(1, 2)
+    bias = torch.zeros(1, 1, k.shape[2], device=k.device) if case.key_bias is None else case.key_bias
+    # On a CPU a mask in fp32 goes with any dtype, elsewhere it has to have that of the query.
+    bias = bias.to(torch.float32 if q.device.type == "cpu" else q.dtype).unsqueeze(2)
+    bias = bias.masked_fill(token_mask(case.mask).logical_not(), -torch.inf)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=case.scale)
+    return torch.where((bias > -torch.inf).any(-1, keepdim=True), out, 0.0).transpose(1, 2)
 
 
 def gradients(case: Case, out: Tensor, lse: Tensor | None, tensors: list[Tensor]) -> dict[str, Tensor]:

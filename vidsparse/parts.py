@@ -26,6 +26,7 @@ class Selection:
         text_before, text_after: text tokens that keep their place, where there is an order.
         details: tensors that a correction may use (centroids, cluster sizes), by name.
         backend: which kernel ran it and why, once it ran.
+        exact: whether the latest call computed the dropped blocks as well.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Selection:
         self.text_before, self.text_after = text_before, text_after
         self.details = details or {}
         self.backend: tuple[str, str] | None = None
+        self.exact = False
         self._density: torch.Tensor | float | None = None
 
     @property

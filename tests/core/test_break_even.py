@@ -35,7 +35,9 @@ def test_a_slow_mask_runs_dense_and_is_reported(build_pipeline, generate):
     generate(pipe)
     report = handle.report()
     assert report.num_sparse_calls == 0
-    reasons = [reason for reason in report.dense_calls if reason.startswith("dense is faster at 320 tokens and density")]
+    reasons = [
+        reason for reason in report.dense_calls if reason.startswith("dense is faster at 320 tokens and density")
+    ]
     assert len(reasons) == 1 and report.dense_calls[reasons[0]] == 2 * 3 * 2
     assert handle.describe(LatentGrid(5, 8, 8), 4).mean_density == 1.0
 

@@ -188,9 +188,9 @@ def test_the_compiled_backward_finds_the_kept_lists(mask, monkeypatch):
     found = []
     original = ops._mask
     monkeypatch.setattr(ops, "_mask", lambda *args: found.append(original(*args)) or found[-1])
-    tensors = [x.requires_grad_() for x in inputs()]
+    q, k, v = (x.requires_grad_() for x in inputs())
     compiled = torch.compile(ops.block_sparse_attention_op, fullgraph=True, backend="aot_eager")
-    torch.autograd.grad(compiled(*tensors, mask).sum(), tensors)
+    torch.autograd.grad(compiled(q, k, v, mask).sum(), (q, k, v))
     assert [x is mask for x in found] == [True, True]
 
 

@@ -68,34 +68,65 @@ def truth_and_eager(q, k, v, mask, **options):
     )
 
 
-def dense_sdpa(q, k, v, mask):
+def dense_sdpa(q, k, v, mask, key_bias=None):
     """torch's dense SDPA with a token mask: the error budget of the backend made of it (its exp is less exact)."""
     heads = q.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
     allowed = token_mask(mask)
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
-    return torch.where(allowed.any(-1, keepdim=True), out, 0.0).transpose(1, 2)
+    bias = torch.zeros(1, 1, k.shape[2]) if key_bias is None else key_bias
+    bias = bias.to(torch.float32 if q.dtype.itemsize == 2 else q.dtype).unsqueeze(2).masked_fill(~allowed, -torch.inf)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return torch.where((bias > -torch.inf).any(-1, keepdim=True), out, 0.0).transpose(1, 2)
+
+
+def make_bias(q, k, shape):
+    """fp32 `[1 or batch, 1 or heads, seq_len_kv]`; 0 in `shape` asks for the whole size. Every third key is shut."""
+    if shape is None:
+        return None
+    shape = (shape[0] or q.shape[0], shape[1] or q.shape[2], k.shape[1])
+    bias = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+    bias[..., ::3] = -torch.inf
+    return bias
+
+
+BIAS_SHAPES = [None, (1, 1), (0, 1), (1, 0), (0, 0)]
 
 
 @settings(deadline=None, max_examples=150)
-@given(cases())
-def test_sdpa_is_exact(case):
+@given(cases(), st.sampled_from(BIAS_SHAPES))
+def test_sdpa_is_exact(case, bias_shape):
     q, k, v, mask = case
-    truth, _ = masked_attention_oracle(q, k, v, mask)
-    eager = dense_sdpa(q, k, v, mask)
-    assert_close_to_oracle(block_sparse_attention(q, k, v, mask, backend="sdpa"), eager, truth)
+    bias = make_bias(q, k, bias_shape)
+    truth, _ = masked_attention_oracle(q, k, v, mask, key_bias=bias)
+    eager = dense_sdpa(q, k, v, mask, bias)
+    assert_close_to_oracle(block_sparse_attention(q, k, v, mask, key_bias=bias, backend="sdpa"), eager, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sdpa_with_padded_prompts(dtype):
+    """Padding at the end of each sample, over whole blocks and parts of one; one sample with every key shut."""
+    q, k, v = make_qkv(batch=3, seq_len_q=300, num_heads=4, num_kv_heads=2, dtype=dtype)
+    distance = (torch.arange(10)[:, None] - torch.arange(10)).abs()
+    dense = torch.stack([distance <= 1, (distance <= 2) | (distance == 9), distance <= 1, distance < 0]).unsqueeze(0)
+    mask = BlockMask.from_dense(dense, seq_len_q=300, seq_len_kv=300, q_block_size=32, kv_block_size=32)
+    bias = torch.zeros(3, 1, 300)
+    bias[0, :, 170:], bias[1, :, 290:], bias[2] = -torch.inf, -torch.inf, -torch.inf
+    for key_bias in (bias, bias.repeat(1, 4, 1), bias.double()):
+        truth, _ = masked_attention_oracle(q, k, v, mask, key_bias=key_bias)
+        eager = dense_sdpa(q, k, v, mask, key_bias)
+        out = block_sparse_attention(q, k, v, mask, key_bias=key_bias)
+        assert_close_to_oracle(out, eager, truth)
+        assert torch.equal(block_sparse_attention(q, k, v, mask, key_bias=key_bias), out)
+        assert bool(torch.isfinite(out).all()) and not out[2].any() and not out[0, 256:, 0].any()
+        assert bool(out[0, :170, :3].any(-1).all()) and not out[:, :, 3].any()
 
 
 @settings(deadline=None, max_examples=150)
-@given(cases(), st.sampled_from([None, (1, 1), (0, 1), (1, 0), (0, 0)]))
+@given(cases(), st.sampled_from(BIAS_SHAPES))
 def test_reference_is_exact(case, bias_shape):
     q, k, v, mask = case
-    bias = None
-    if bias_shape is not None:
-        shape = (bias_shape[0] or q.shape[0], bias_shape[1] or q.shape[2], k.shape[1])
-        bias = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
-        bias[..., ::3] = -torch.inf
+    bias = make_bias(q, k, bias_shape)
     (truth, truth_lse), (eager, eager_lse) = truth_and_eager(q, k, v, mask, key_bias=bias)
     out, lse = block_sparse_attention(q, k, v, mask, key_bias=bias, return_lse=True, backend="reference")
     assert lse.dtype == torch.float32 and lse.shape == (q.shape[0], q.shape[2], q.shape[1])
@@ -319,7 +350,7 @@ def test_the_choice_is_named_with_a_reason():
     mask = make_block_mask(seq_len_q=70)
     assert select_backend(q, k, v, mask) == ("sdpa", "inference on cpu")
     assert select_backend(q, k, v, mask, return_lse=True) == ("reference", '"sdpa" does not return the LSE')
-    assert select_backend(q, k, v, mask, key_bias=torch.zeros(1, 1, 70))[0] == "reference"
+    assert select_backend(q, k, v, mask, key_bias=torch.zeros(1, 1, 70)) == ("sdpa", "inference on cpu")
     name, reason = select_backend(q, k, v, mask, requires_grad=True)
     assert name == "reference" and "gradients" in reason
     assert select_backend(q.requires_grad_(), k, v, mask)[0] == "reference"

@@ -29,13 +29,19 @@ SHAPES = [
 BLOCKS = [(128, 128), (128, 64), (64, 64), (64, 32), (32, 128), (16, 16), (48, 80)]
 
 
-def check(q, k, v, mask, *, key_bias=None, descriptors=None):
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a GPU of compute capability 9.0",
+)
+
+
+def check(q, k, v, mask, *, key_bias=None, descriptors=None, backend="triton"):
     from vidsparse_kernels.block_sparse_attention.forward import config_for, triton_forward
 
     truth, truth_lse = masked_attention_oracle(q, k, v, mask, key_bias=key_bias)
     eager, eager_lse = masked_attention_oracle(q, k, v, mask, key_bias=key_bias, dtype=q.dtype)
     if descriptors is None:
-        out, lse = block_sparse_attention(q, k, v, mask, key_bias=key_bias, return_lse=True, backend="triton")
+        out, lse = block_sparse_attention(q, k, v, mask, key_bias=key_bias, return_lse=True, backend=backend)
     else:
         config = config_for(q, k, v, torch.empty_like(q), mask, descriptors=descriptors)
         out, lse = triton_forward(
@@ -90,6 +96,83 @@ def test_strided_inputs_and_bias():
     q, k, v = (x.transpose(1, 3).contiguous().transpose(1, 3) for x in (q, k, v))
     assert q.stride(3) != 1
     check(q, k, v, mask, key_bias=bias[:1, :1])
+
+
+@on_hopper
+@pytest.mark.parametrize("lead", [(1, 1), (2, 1), (1, 4), (2, 4)], ids=str)
+@pytest.mark.parametrize("blocks", [(128, 128), (128, 64), (256, 192)], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_hopper_bias(head_dim, blocks, lead):
+    """Lengths that are multiples of a tile, of 4 and of nothing."""
+    for seq_len_q, seq_len_kv in ((300, 640), (500, 516), (129, 517)):
+        q, k, v = make_qkv(
+            batch=2, seq_len_q=seq_len_q, seq_len_kv=seq_len_kv, num_heads=4, num_kv_heads=2, head_dim=head_dim,
+            dtype=torch.bfloat16, device="cuda",
+        )  # fmt: skip
+        mask = make_block_mask(
+            seq_len_q=seq_len_q, seq_len_kv=seq_len_kv, q_block_size=blocks[0], kv_block_size=blocks[1], num_heads=4,
+            density=0.6, empty_rows=seq_len_q > blocks[0], full_rows=True, device="cuda",
+        )  # fmt: skip
+        bias = 2 * torch.randn(*lead, seq_len_kv, device="cuda")
+        check(q, k, v, mask, key_bias=bias, backend="hopper")
+        bias[..., ::3] = -torch.inf
+        check(q, k, v, mask, key_bias=bias, backend="hopper")
+
+
+@on_hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_hopper_bias_that_shuts_whole_tiles(head_dim):
+    """A list is walked from its end, so shut tiles are the first ones, the middle ones, the last ones, or all."""
+    q, k, v = make_qkv(
+        batch=2, seq_len_q=300, seq_len_kv=700, num_heads=3, head_dim=head_dim, dtype=torch.float16, device="cuda"
+    )
+    mask = BlockMask.full(300, 700, q_block_size=128, kv_block_size=128, device="cuda")
+    for shut in (slice(690, 700), slice(400, 700), slice(128, 512), slice(0, 256), slice(0, 700), slice(0, 699)):
+        bias = torch.randn(2, 3, 700, device="cuda")
+        bias[1, 1:, shut] = -torch.inf
+        check(q, k, v, mask, key_bias=bias, backend="hopper")
+        every = bias.masked_fill(bias.isfinite(), 0.0)
+        check(q, k, v, mask, key_bias=every[1:, 1:2], backend="hopper")
+
+
+@on_hopper
+def test_hopper_bias_with_any_strides():
+    q, k, v = make_qkv(batch=2, seq_len_q=200, seq_len_kv=400, num_heads=3, dtype=torch.bfloat16, device="cuda")
+    mask = make_block_mask(
+        seq_len_q=200, seq_len_kv=400, q_block_size=128, kv_block_size=128, density=0.7, full_rows=True, device="cuda"
+    )
+    wide = torch.randn(2, 3, 2 * 400 + 3, device="cuda")
+    views = (wide[..., 1:401], wide[..., ::2][..., :400], wide[:1, :, :400], wide[:, :1, 4:404].expand(-1, 3, -1))
+    transposed = torch.randn(400, 3, 2, device="cuda").permute(2, 1, 0)
+    for bias in (*views, transposed, torch.randn(2, 3, 400, device="cuda", dtype=torch.float64)):
+        check(q, k, v, mask, key_bias=bias, backend="hopper")
+
+
+@on_hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_hopper_gradients_with_bias(head_dim):
+    """Its LSE goes into the portable backward; text comes last, and its padding is shut."""
+    q, k, v = (
+        x.requires_grad_()
+        for x in make_qkv(batch=2, seq_len_q=700, head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
+    )
+    mask = make_block_mask(seq_len_q=700, q_block_size=128, kv_block_size=128, full_rows=True, device="cuda")
+    bias = torch.zeros(2, 1, 700, device="cuda")
+    bias[0, :, 500:], bias[1, :, 650:] = -torch.inf, -torch.inf
+    grad = torch.randn(q.shape, device="cuda")
+    outputs = [
+        block_sparse_attention(q, k, v, mask, key_bias=bias, return_lse=True, backend="hopper"),
+        block_sparse_attention(q, k, v, mask, key_bias=bias, return_lse=True, backend="triton"),
+        *(masked_attention_oracle(q, k, v, mask, key_bias=bias, dtype=d) for d in (torch.bfloat16, torch.float64)),
+    ]
+    grads = []
+    for out, lse in outputs:
+        loss = (out * grad.to(out.dtype)).sum() + lse.masked_fill(lse == -torch.inf, 0.0).sin().sum()
+        grads.append(torch.autograd.grad(loss, (q, k, v)))
+    for name, hopper, portable, eager, truth in zip(("query", "key", "value"), *grads, strict=True):
+        assert_close_to_oracle(hopper, eager, truth, name=f"gradient of {name}")
+        assert_close_to_oracle(portable, eager, truth, name=f"portable gradient of {name}")
+    assert not grads[0][1][0, 500:].any() and not grads[0][2][1, 650:].any()
 
 
 def test_expanded_batch_and_rows_not_aligned():

@@ -116,8 +116,11 @@ def test_graph_with_blocks_of_variable_size():
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiled_equals_eager(kind, mode):
+@pytest.mark.parametrize("kept", [False, True])
+def test_compiled_equals_eager(kept, kind, mode):
     mask, grad = make_mask(kind), torch.randn_like(inputs()[0])
+    if kept:
+        ops.keep_transposed_lists(mask)
     torch.compiler.reset()
 
     def attention(query, key, value, mask, return_lse):

@@ -24,14 +24,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from vidsparse_kernels.block_sparse_attention import hopper
 
-head_dim, block_n = (int(x) for x in sys.argv[1:])
+head_dim, block_n, biased = (int(x) for x in sys.argv[1:])
 kernel = hopper.block_sparse_forward_hopper_kernel
 stages = hopper.num_stages(block_n, head_dim)
 constants = dict(
-    BLOCK_D=head_dim, BLOCK_N=block_n, Q_BLOCK=128, KV_BLOCK=block_n, STAGES=stages, RAGGED_KV=True, STORE_LSE=True,
+    BLOCK_D=head_dim, BLOCK_N=block_n, Q_BLOCK=128, KV_BLOCK=block_n, STAGES=stages, RAGGED_KV=True,
+    HAS_BIAS=bool(biased), LATE_P=head_dim <= hopper.MAX_LATE_P, STORE_LSE=True,
     CONSUMER_REGISTERS=hopper.CONSUMER_REGISTERS, PRODUCER_REGISTERS=hopper.PRODUCER_REGISTERS)
 rows = dict(query=64, key=block_n, value=block_n, out=64)
-others = dict(lse_ptr="*fp32", counts_ptr="*i32", indices_ptr="*i32", qk_scale_log2="fp32")
+others = dict(lse_ptr="*fp32", counts_ptr="*i32", indices_ptr="*i32", bias_ptr="*fp32", qk_scale_log2="fp32")
 signature = {}
 for name in kernel.arg_names:
     if name in constants:
@@ -41,21 +42,25 @@ for name in kernel.arg_names:
         signature[name] = f"tensordesc<bf16[1, 1, {rows[name]}, {head_dim}],{layout!r}>"
     else:
         signature[name] = others.get(name, "i32")
-source = GluonASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, {})
+attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")}
+places = {(kernel.arg_names.index(n),): v for n, v in constants.items()}
+source = GluonASTSource(kernel, signature, places, attributes)
 compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4, enable_fp_fusion=True))
 ptx = compiled.asm["ptx"]
 assert compiled.metadata.shared <= 227 * 1024, compiled.metadata.shared
 for word in ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg", "mbarrier.try_wait"):
     assert word in ptx, word
-print("compiled")
+# A thread loads two numbers of the bias at once; nothing else in the kernel does.
+print("biased" if "ld.global.v2.b32" in ptx else "plain")
 """
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
 @pytest.mark.parametrize(("head_dim", "block_n"), [(128, 128), (128, 64), (64, 128), (64, 64)])
-def test_compiles_without_a_gpu(head_dim, block_n, tmp_path):
+def test_compiles_without_a_gpu(head_dim, block_n, biased, tmp_path):
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", COMPILED, str(head_dim), str(block_n)],
+        [sys.executable, "-W", "ignore", "-c", COMPILED, str(head_dim), str(block_n), str(int(biased))],
         capture_output=True,
         text=True,
         env={
@@ -66,7 +71,7 @@ def test_compiles_without_a_gpu(head_dim, block_n, tmp_path):
         },
     )
     assert result.returncode == 0, result.stderr[:3000]
-    assert result.stdout.strip() == "compiled"
+    assert result.stdout.strip() == ("biased" if biased else "plain")
 
 
 def test_refused_without_a_gpu():
@@ -82,13 +87,14 @@ on_hopper = pytest.mark.skipif(
 )
 
 
-def check(q, k, v, mask):
-    truth, truth_lse = masked_attention_oracle(q, k, v, mask)
-    eager, eager_lse = masked_attention_oracle(q, k, v, mask, dtype=q.dtype)
-    out, lse = block_sparse_attention(q, k, v, mask, return_lse=True, backend="hopper")
+def check(q, k, v, mask, key_bias=None):
+    truth, truth_lse = masked_attention_oracle(q, k, v, mask, key_bias=key_bias)
+    eager, eager_lse = masked_attention_oracle(q, k, v, mask, key_bias=key_bias, dtype=q.dtype)
+    options = {"key_bias": key_bias, "backend": "hopper"}
+    out, lse = block_sparse_attention(q, k, v, mask, return_lse=True, **options)
     assert_close_to_oracle(out, eager, truth)
     assert_close_to_oracle(lse, eager_lse, truth_lse, name="lse")
-    assert torch.equal(block_sparse_attention(q, k, v, mask, backend="hopper"), out)
+    assert torch.equal(block_sparse_attention(q, k, v, mask, **options), out)
 
 
 @pytest.mark.gpu
@@ -176,7 +182,7 @@ def test_auto_takes_it_where_the_work_is_large():
     mask = make_block_mask(seq_len_q=32_760, q_block_size=128, kv_block_size=128, density=0.1, device="cuda")
     assert select_backend(q, k, v, mask) == ("hopper", "inference on a Hopper GPU")
     bias = torch.zeros(1, 1, 32_760, device="cuda")
-    assert select_backend(q, k, v, mask, key_bias=bias)[0] == "triton"
+    assert select_backend(q, k, v, mask, key_bias=bias)[0] == "hopper"
     small = make_block_mask(seq_len_q=32_760, q_block_size=64, kv_block_size=64, density=0.1, device="cuda")
     assert select_backend(q, k, v, small)[0] == "triton"
     with pytest.raises(UnsupportedBackendError, match="q_block_size that is a multiple of 128, got 64"):

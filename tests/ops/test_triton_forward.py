@@ -48,12 +48,11 @@ for shape in cases:
             bias[..., ::2] = -torch.inf
         truth, truth_lse = masked_attention_oracle(q, k, v, mask, key_bias=bias)
         eager, eager_lse = masked_attention_oracle(q, k, v, mask, key_bias=bias, dtype=q.dtype)
-        for peel, prefetch in ((True, False), (False, True)):
-            config = ForwardConfig(32, 16, 4, 2, descriptors, peel, prefetch)
-            out, lse = triton_forward(
-                q, k, v, mask, scale=q.shape[-1] ** -0.5, key_bias=bias, return_lse=True, config=config)
-            assert_close_to_oracle(out, eager, truth, name=f"{shape} {options} {config}")
-            assert_close_to_oracle(lse, eager_lse, truth_lse, name=f"lse {shape} {options} {config}")
+        config = ForwardConfig(32, 16, 4, 2, descriptors)
+        out, lse = triton_forward(
+            q, k, v, mask, scale=q.shape[-1] ** -0.5, key_bias=bias, return_lse=True, config=config)
+        assert_close_to_oracle(out, eager, truth, name=f"{shape} {options}")
+        assert_close_to_oracle(lse, eager_lse, truth_lse, name=f"lse {shape} {options}")
 out = block_sparse_attention(q, k, v, mask, backend="triton")
 assert_close_to_oracle(out, *[masked_attention_oracle(q, k, v, mask, dtype=d)[0] for d in (q.dtype, torch.float64)])
 mask = make_block_mask(seq_len_q=90, seq_len_kv=111, q_block_size=32, kv_block_size=16, num_heads=4, density=0.8, empty_rows=True)
@@ -93,7 +92,7 @@ block_d = padded_head_dim(head_dim)
 constants = dict(
     HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n, Q_BLOCK=128, KV_BLOCK=128,
     RAGGED_KV=True, HAS_BIAS=False, STORE_LSE=True, DESCRIPTORS=config.descriptors, VARIABLE=bool(variable), SKIP=bool(skip),
-    PEEL=config.peel, PREFETCH=config.prefetch, PRECISION="ieee", query_stride_d=1, key_stride_d=1, value_stride_d=1)
+    PRECISION="ieee", query_stride_d=1, key_stride_d=1, value_stride_d=1)
 tiles = dict(query=config.block_m, key=config.block_n, value=config.block_n, out=config.block_m)
 pointers = dict(
     lse_ptr="*fp32", bias_ptr="*fp32", counts_ptr="*i32", indices_ptr="*i32", own_blocks_ptr="*i32",

@@ -362,7 +362,7 @@ for number in range(int(sys.argv[3])):
         # Programs run in order here: what a tile wrote past its end would be covered up by the next one.
         own_tiles(mask, 32)
         mask._cache["own_tiles 32 False"] = tuple(x.flip(-1) for x in mask._cache["own_tiles 32 False"])
-    config = ForwardConfig(32, 16, 4, 2, descriptors, prefetch=pick(True, False))
+    config = ForwardConfig(32, 16, 4, 2, descriptors)
     out, lse = triton_forward(
         q, k, v, mask, scale=q.shape[-1] ** -0.5, key_bias=bias, return_lse=True, config=config)
     case = f"{number} {mask} {dtype}"

@@ -43,6 +43,7 @@ class KeptState:
         key_bias: torch.Tensor | None,
     ) -> torch.Tensor:
         assert lse is not None
+        selection.exact = False
         memory = context.memory
         if memory is None or context.refresh_every == 1 or memory.get("selection") is not selection:
             return out
@@ -58,6 +59,7 @@ class KeptState:
         rest, rest_lse = block_sparse_attention(
             query, key, value, selection.block_mask.complement(), scale=scale, key_bias=key_bias, return_lse=True
         )
+        selection.exact = True
         exact, exact_lse = merge_attention_states(out, lse, rest, rest_lse)
         if self.residual:
             share = torch.exp(lse - exact_lse).nan_to_num(0.0).transpose(1, 2)[..., None].to(out.dtype)

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from vidsparse.layout import LatentGrid, TokenLayout
     from vidsparse.parts import Parts
 
-BLOCKS = ("clusters", "uniform")
-
 
 @dataclass(frozen=True)
 class SemanticConfig:
@@ -34,8 +32,6 @@ class SemanticConfig:
         min_share: least share of the key clusters of a row, in [0, 1]; default 0.1.
         first_iterations: k-means iterations in the first sparse step, default 20 (the authors use 50).
         step_iterations: iterations in later steps, from the centroids kept, default 2.
-        blocks: "clusters" (the paper): a block is a cluster. "uniform": tokens sorted by cluster are cut into blocks of
-            equal size, which are chosen by their means: nothing is lost to padding. Default "clusters".
         schedule: dense steps and layers; default a quarter of the steps and the first layer.
 
     Raises:
@@ -49,7 +45,6 @@ class SemanticConfig:
     min_share: float = 0.1
     first_iterations: int = 20
     step_iterations: int = 2
-    blocks: str = "clusters"
     schedule: Schedule = field(default_factory=lambda: Schedule(dense_layers=1))
 
     def __post_init__(self) -> None:
@@ -64,8 +59,11 @@ class SemanticConfig:
                 check_share(name, getattr(self, name))
         if not is_number(self.min_share) or not 0 <= self.min_share <= 1:
             raise ConfigError(f"`min_share` must be in [0, 1], got {self.min_share!r}.")
-        if self.blocks not in BLOCKS:
-            raise ConfigError(f"`blocks` must be one of {', '.join(BLOCKS)}, got {self.blocks!r}.")
+
+    @property
+    def share(self) -> float | None:
+        """The density in force, None with `top_p`."""
+        return self.density
 
     @property
     def mass(self) -> float | None:
@@ -102,23 +100,18 @@ class SemanticProcessor(SparseProcessor):
 
     def parts(self, layout: TokenLayout, device: Any) -> tuple[Parts, str | None]:
         from vidsparse.parts import Parts
-        from vidsparse.selection.blocks import PooledSelector
-        from vidsparse.selection.clusters import Clustering, ClusterSelector, SortedSelector
+        from vidsparse.selection.clusters import Clustering, ClusterSelector
 
         config = self.config
         most = max(1, layout.grid.num_tokens // TOKENS_PER_CLUSTER)
         clustering = Clustering(
             min(config.q_clusters, most), min(config.k_clusters, most), config.first_iterations, config.step_iterations
         )
-        if config.blocks == "clusters":
-            selector = ClusterSelector(layout, clustering, config.mass, config.min_share, config.density)
-        else:
-            inner = PooledSelector(layout, device, config.density, config.mass)
-            selector = SortedSelector(layout, clustering, inner)
+        selector = ClusterSelector(layout, clustering, config.mass, config.min_share, config.share)
         note = None
         if most < config.k_clusters:
             note = f"{most} clusters at most, of {TOKENS_PER_CLUSTER} tokens in the mean, for grid {layout.grid}"
-        return Parts(selector=selector, density=config.density), note
+        return Parts(selector=selector, density=config.share), note
 
 
 SVG2Processor = SemanticProcessor

@@ -1,17 +1,17 @@
-"""The project's own recipe: tokens sorted by content, uniform blocks chosen by their means, the rest by a pooled tail.
+"""The project's own recipe: attention between clusters, and every dropped cluster by its mean (clustering and pooled tail).
 
-Clusters (Sparse VideoGen 2) gather tokens that are alike; cut into blocks of one size they run on the fastest kernel and
-their means say more about them, which helps the choice and the tail (PISA) alike; a selection may serve several steps.
+Clusters (Sparse VideoGen 2) are tokens that are alike, so their means say nearly all about them, and a tail of means
+(PISA) that adds little to blocks of neighbours brings most of the dropped attention back. `docs/methods.md` has the
+measurements.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vidsparse.errors import ConfigError
 from vidsparse.methods.semantic import SemanticConfig, SemanticProcessor
-from vidsparse.schedule import Schedule
 
 if TYPE_CHECKING:
     from vidsparse.layout import TokenLayout
@@ -23,26 +23,28 @@ class VidsparseConfig(SemanticConfig):
     """Settings of the method "vidsparse": those of "semantic", and
 
     Attributes:
-        blocks: default "uniform".
-        tail: put the dropped blocks back by their means, default True.
         first_order: add the tail's first-order term, default True.
-        schedule: dense steps and layers; default a quarter of the steps and the first layer; a selection serves one
-            step.
 
     Raises:
         ConfigError: a value is out of range.
     """
 
-    blocks: str = "uniform"
-    tail: bool = True
     first_order: bool = True
-    schedule: Schedule = field(default_factory=lambda: Schedule(dense_layers=1))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("tail", "first_order"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+        if not isinstance(self.first_order, bool):
+            raise ConfigError(f"`first_order` must be True or False, got {self.first_order!r}.")
+
+    @property
+    def share(self) -> float | None:
+        """The density in force: 0.15, less than clusters without a tail need."""
+        return 0.15 if self.density is None and self.top_p is None else self.density
+
+    @property
+    def mass(self) -> float | None:
+        """The `top_p` in force."""
+        return self.top_p
 
 
 class VidsparseProcessor(SemanticProcessor):
@@ -65,6 +67,4 @@ class VidsparseProcessor(SemanticProcessor):
         from vidsparse.corrections.pooled_tail import PooledTail
 
         parts, note = super().parts(layout, device)
-        if self.config.tail:
-            parts = replace(parts, correction=PooledTail(self.config.first_order))
-        return parts, note
+        return replace(parts, correction=PooledTail(self.config.first_order)), note

@@ -287,6 +287,10 @@ class Binding:
                 mask = first.block_mask
                 assert mask is not None
                 density = mask.density
+                if needs_grad:
+                    from vidsparse.ops import keep_transposed_lists
+
+                    keep_transposed_lists(mask)
                 heads = shards[0].local_heads if shards[0] is not None else None
                 backend, backend_reason = self._select_backend(model, hidden_states, mask, needs_grad, heads)
                 if layout.text_len or self.family.key_mask is not None:
@@ -374,7 +378,9 @@ class Binding:
         backend, reason = selection.backend or (row.backend, None)
         if selection.block_mask.device.type == "cuda" and backend not in FAST_ON_CUDA:
             self.run.report.note(f'slow backend "{backend}" on cuda: {reason}')
-        return replace(row, backend=backend, backend_reason=reason, density=selection.density)
+        return replace(
+            row, backend=backend, backend_reason=reason, density=1.0 if selection.exact else selection.density
+        )
 
     def _timestep(self, arguments: dict[str, Any]) -> Any:
         """The timestep of this forward, falling from step to step."""

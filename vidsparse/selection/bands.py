@@ -40,7 +40,7 @@ class BandSelector:
     def _masks(self) -> list[BlockMask]:
         from vidsparse_kernels import BlockMask
 
-        q_size, kv_size = block_sizes(self.layout.seq_len)
+        q_size, kv_size = self._block_sizes()
         sizes = {"q_block_size": q_size, "kv_block_size": kv_size, "sink_frames": self.sink_frames}
         masks = []
         for kind in KINDS:
@@ -57,6 +57,13 @@ class BandSelector:
                 )
             masks.append(mask.to(self.device))
         return masks
+
+    def _block_sizes(self) -> tuple[int, int]:
+        """Small enough to tell places in a frame apart."""
+        q_size, kv_size = block_sizes(self.layout.seq_len)
+        while q_size > 16 and self.layout.grid.tokens_per_frame < 8 * q_size:
+            q_size, kv_size = q_size // 2, max(16, kv_size // 2)
+        return q_size, kv_size
 
     def select(self, query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> Selection:
         from vidsparse_kernels import BlockMask

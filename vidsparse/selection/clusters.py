@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vidsparse.layout import TokenLayout
-from vidsparse.parts import Selection, Selector
+from vidsparse.parts import Selection
 from vidsparse.selection.blocks import block_sizes
 
 if TYPE_CHECKING:
@@ -115,31 +115,3 @@ class ClusterSelector:
         if layout.text_after:
             offsets = torch.nn.functional.pad(offsets, (0, 1), value=layout.seq_len)
         return offsets.contiguous()
-
-
-@dataclass(frozen=True)
-class SortedSelector:
-    """Uniform blocks over tokens sorted by cluster, chosen by mean query times mean key.
-
-    The order gathers tokens that are alike; blocks of one size waste nothing on padding and run on the fastest kernel.
-
-    Attributes:
-        layout: the tokens.
-        clustering: how the clusters are found that tokens are sorted by.
-        inner: chooses among the uniform blocks.
-    """
-
-    layout: TokenLayout
-    clustering: Clustering
-    inner: Selector
-
-    def select(self, query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> Selection:
-        from vidsparse_kernels import permute_tokens
-
-        layout = self.layout
-        q, k = self.clustering.run(query, key, layout, context)
-        before, after = layout.text_before, layout.text_after
-        query = permute_tokens(query, q.order, text_before=before, text_after=after)
-        key = permute_tokens(key, k.order, text_before=before, text_after=after)
-        mask = self.inner.select(query, key, context).block_mask
-        return Selection(mask, q.order, k.order, before, after)

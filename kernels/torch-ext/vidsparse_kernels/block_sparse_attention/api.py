@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from importlib.util import find_spec
 from typing import Literal, overload
 
@@ -127,28 +128,25 @@ def block_sparse_attention(
                 f'backend "{backend}" {obstacle}; use backend="{_select(case)[0]}" or "auto" for this case.'
             )
     with without_autocast(query.device.type):
-        if backend in ("triton", "hopper") and requires_grad:
-            from .autograd import triton_attention
+        if backend in ("triton", "hopper"):
+            if backend == "hopper":
+                from .hopper import hopper_forward as forward
+            else:
+                from .forward import triton_forward
 
-            hopper = backend == "hopper"
-            out, lse = triton_attention(query, key, value, block_mask, scale=scale, key_bias=key_bias, hopper=hopper)
-        elif backend == "hopper":
-            from .hopper import hopper_forward
+                forward = partial(triton_forward, skip_threshold=skip_threshold)
+            if requires_grad:
+                from .autograd import differentiable
+                from .backward import triton_backward
 
-            out, lse = hopper_forward(query, key, value, block_mask, scale=scale, return_lse=return_lse)
-        elif backend == "triton":
-            from .forward import triton_forward
-
-            out, lse = triton_forward(
-                query,
-                key,
-                value,
-                block_mask,
-                scale=scale,
-                key_bias=key_bias,
-                return_lse=return_lse,
-                skip_threshold=skip_threshold,
-            )
+                forward = partial(forward, return_lse=True)
+                out, lse = differentiable(
+                    forward, triton_backward, query, key, value, block_mask, scale=scale, key_bias=key_bias
+                )
+            else:
+                out, lse = forward(
+                    query, key, value, block_mask, scale=scale, key_bias=key_bias, return_lse=return_lse
+                )
         elif backend == "flex":
             from .flex import flex_forward
 
@@ -164,7 +162,7 @@ def block_sparse_attention(
         elif backend == "sdpa":
             from .sdpa import grouped_sdpa
 
-            return grouped_sdpa(query, key, value, block_mask, scale=scale)
+            return grouped_sdpa(query, key, value, block_mask, scale=scale, key_bias=key_bias)
         else:
             from .reference import reference
 
@@ -270,8 +268,6 @@ def _obstacle(backend: str, case: _Case) -> str | None:
     if backend == "sdpa":
         if case.requires_grad:
             return "has no backward"
-        if case.has_bias:
-            return "does not take key_bias"
         if case.return_lse:
             return "does not return the LSE"
         return None
@@ -301,8 +297,6 @@ def _obstacle(backend: str, case: _Case) -> str | None:
 def _obstacle_hopper(case: _Case) -> str | None:
     if case.query.device.type != "cuda":
         return "needs a CUDA GPU"
-    if case.has_bias:
-        return "does not take key_bias"
     import triton
 
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MIN_TRITON_HOPPER:

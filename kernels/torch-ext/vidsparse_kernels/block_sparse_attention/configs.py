@@ -20,8 +20,6 @@ class ForwardConfig:
         num_warps: warps per program.
         num_stages: loop steps whose loads are in flight.
         descriptors: load and store through TMA tensor descriptors instead of pointers.
-        peel: compute the tile that the end of the sequence cuts after the loop, instead of testing each tile in it.
-        prefetch: read an entry of the lists one step before its tile is loaded.
     """
 
     block_m: int
@@ -29,8 +27,6 @@ class ForwardConfig:
     num_warps: int
     num_stages: int
     descriptors: bool
-    peel: bool = True
-    prefetch: bool = False
 
 
 def forward_config(

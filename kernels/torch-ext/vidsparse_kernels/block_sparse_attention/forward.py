@@ -141,7 +141,7 @@ def block_sparse_forward_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, RAGGED_KV: tl.constexpr, HAS_BIAS: tl.constexpr,
     STORE_LSE: tl.constexpr, DESCRIPTORS: tl.constexpr, VARIABLE: tl.constexpr, SKIP: tl.constexpr,
-    PEEL: tl.constexpr, PREFETCH: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head over their listed kv-blocks; query, key, value, out are pointers or descriptors.
 
@@ -194,30 +194,17 @@ def block_sparse_forward_kernel(
 
     TILES: tl.constexpr = 1 if VARIABLE else KV_BLOCK // BLOCK_N  # pyright: ignore[reportAssignmentType]
     # Keys past the end of a run belong to other blocks, those past the last token to nobody.
-    RAGGED: tl.constexpr = VARIABLE or (RAGGED_KV and not PEEL)  # pyright: ignore[reportAssignmentType]
+    RAGGED: tl.constexpr = VARIABLE or RAGGED_KV  # pyright: ignore[reportAssignmentType]
     num_tiles = count * TILES
-    num_whole = num_tiles
-    last = 0
     if not VARIABLE:
-        # Lists ascend, so only their last entry can be the shorter last block: it may lack some whole tiles, and one
-        # tile of it may be cut.
+        # Lists ascend, so only their last entry can be the shorter last block, which may lack some whole tiles.
         last = tl.load(indices_ptr + tl.maximum(count - 1, 0), mask=count > 0, other=0)
         overhang = tl.maximum((last + 1) * KV_BLOCK - seq_len_kv, 0)
         if count > 0:
             num_tiles -= overhang // BLOCK_N
-        num_whole = num_tiles
-        if RAGGED_KV and PEEL:
-            if (count > 0) & (overhang > 0):
-                num_whole -= 1
 
-    if PREFETCH:
-        ahead = tl.load(indices_ptr, mask=count > 0, other=0)
-    for tile in tl.range(0, num_whole):  # pyright: ignore[reportGeneralTypeIssues]
-        if PREFETCH:
-            entry = ahead  # pyright: ignore[reportPossiblyUnboundVariable]
-            ahead = tl.load(indices_ptr + tl.minimum((tile + 1) // TILES, count - 1))
-        else:
-            entry = tl.load(indices_ptr + tile // TILES)
+    for tile in tl.range(0, num_tiles):  # pyright: ignore[reportGeneralTypeIssues]
+        entry = tl.load(indices_ptr + tile // TILES)
         if VARIABLE:
             start_n = entry >> 8
             end_n = start_n + (entry & 255) + 1
@@ -230,14 +217,6 @@ def block_sparse_forward_kernel(
             key_stride_s, key_stride_d, value_stride_s, value_stride_d,
             HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, RAGGED, SKIP, PRECISION,
         )  # fmt: skip
-    if RAGGED_KV and PEEL and not VARIABLE:
-        if num_whole < num_tiles:
-            acc, peak, mass = _attend(
-                acc, peak, mass, q, key, value, bias_ptr, batch, kv_head,
-                last * KV_BLOCK + (num_whole % TILES) * BLOCK_N, seq_len_kv, tokens < end_m,
-                qk_scale_log2, skip_log2, key_stride_s, key_stride_d, value_stride_s, value_stride_d,
-                HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, True, SKIP, PRECISION,  # pyright: ignore[reportArgumentType]
-            )  # fmt: skip
 
     acc = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
     if STORE_LSE:
@@ -320,7 +299,7 @@ def triton_forward(
             Q_BLOCK=block_mask.q_block_size, KV_BLOCK=block_mask.kv_block_size,
             RAGGED_KV=seq_len_kv % config.block_n != 0, HAS_BIAS=bias is not None, STORE_LSE=return_lse,
             DESCRIPTORS=config.descriptors, VARIABLE=block_mask.variable, SKIP=bool(skip_threshold),
-            PEEL=config.peel, PREFETCH=config.prefetch, PRECISION="ieee",
+            PRECISION="ieee",
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse

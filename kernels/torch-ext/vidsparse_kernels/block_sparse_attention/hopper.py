@@ -13,12 +13,14 @@ of softmax and products within one warpgroup (section 3.2) was tried and made th
 # In kernels every value is the compiler's, which its annotations for the host do not describe.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -45,9 +47,14 @@ BLOCK_M = 128
 """Queries per program, 64 for each warpgroup."""
 CONSUMER_REGISTERS = 240
 PRODUCER_REGISTERS = 24
+MAX_LATE_P = 64
+"""Up to this head_dim the weights are rounded once the product of the last ones has ended, not before: on an H200 with
+head_dim 64 that made 442 TFLOP/s of 409."""
+BIAS_ALIGNMENT = 4
+"""Rows of the bias start at multiples of this many numbers, so that two of them can be loaded at once."""
 RUNTIME_INTEGERS = [
     "counts_stride_b", "counts_stride_h", "indices_stride_b", "indices_stride_h", "indices_stride_m",
-    "num_heads", "group_size", "seq_len_q", "seq_len_kv", "num_q_tiles", "num_work",
+    "bias_stride_b", "bias_stride_h", "num_heads", "group_size", "seq_len_q", "seq_len_kv", "num_q_tiles", "num_work",
 ]  # fmt: skip
 """What Triton may not compile into the kernel, so that one compilation serves every shape."""
 
@@ -121,37 +128,54 @@ def _load_tiles(
 
 
 @gluon.jit
+def _load_bias(bias, start, seq_len_kv, BLOCK_N: gl.constexpr, layout: gl.constexpr, RAGGED: gl.constexpr):
+    """Bias of the keys start .. start + BLOCK_N in base 2, where RAGGED -inf past the last key."""
+    columns = start + gl.arange(0, BLOCK_N, layout)
+    if RAGGED:
+        loaded = gl.load(bias + columns, mask=columns < seq_len_kv, other=float("-inf"))
+    else:
+        loaded = gl.load(bias + columns)
+    return loaded.to(gl.float32) * 1.4426950408889634
+
+
+@gluon.jit
 def _attend(
-    consumer: gl.constexpr, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, lists,
+    consumer: gl.constexpr, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, lists, biases,
     num_heads, seq_len_q, seq_len_kv, num_q_tiles, num_work, qk_scale_log2,
     Q_BLOCK: gl.constexpr, KV_BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, RAGGED_KV: gl.constexpr, STORE_LSE: gl.constexpr,
+    STAGES: gl.constexpr, RAGGED_KV: gl.constexpr, HAS_BIAS: gl.constexpr, LATE_P: gl.constexpr,
+    STORE_LSE: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: 64 queries of each q tile over their list, from its end, so that a cut tile comes first and its
     mask stays out of the loop."""
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    bias_ptr, bias_stride_b, bias_stride_h = biases
     DTYPE: gl.constexpr = q_smem.dtype
+    TILES: gl.constexpr = KV_BLOCK // BLOCK_N
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    s_columns: gl.constexpr = gl.SliceLayout(0, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     q = q_smem.index(consumer).reshape([64, BLOCK_D])
     zeros = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
     base = 0
     turn = 0
     step = gl.num_programs(0)
-    _, num_tiles, last_start = _work_item(
+    indices, num_tiles, last_start = _work_item(
         gl.program_id(0), num_work, lists, num_heads, num_q_tiles, seq_len_kv, Q_BLOCK, KV_BLOCK, BLOCK_N
     )
     for work in range(gl.program_id(0), num_work, step):
         # The next list's length is read a whole list ahead.
-        _, next_num_tiles, next_last_start = _work_item(
+        next_indices, next_num_tiles, next_last_start = _work_item(
             work + step, num_work, lists, num_heads, num_q_tiles, seq_len_kv, Q_BLOCK, KV_BLOCK, BLOCK_N
         )
         head = (work // num_q_tiles) % num_heads
         batch = work // num_q_tiles // num_heads
         start_m = (work % num_q_tiles) * 128 + consumer * 64
+        # Strides count in steps of the alignment, which tells the compiler that rows have it.
+        bias = bias_ptr + (batch.to(gl.int64) * bias_stride_b + head.to(gl.int64) * bias_stride_h) * 4
         acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
         # [64], peak in base 2
         peak = gl.full([64], float("-inf"), gl.float32, s_rows)
@@ -162,39 +186,62 @@ def _attend(
             mbarrier.wait(k_full.index(stage), (base // STAGES) & 1)
             k = k_smem.index(stage).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
             logits = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+            if HAS_BIAS:
+                tile_bias = _load_bias(bias, last_start, seq_len_kv, BLOCK_N, s_columns, RAGGED_KV)
             logits = warpgroup_mma_wait(0, deps=[logits])
             # One thread arrives for the warpgroup, so all of it has to be done with the tile.
             warpgroup_barrier()
             mbarrier.arrive(k_empty.index(stage), count=1)
-            if RAGGED_KV:
-                columns = last_start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
-                logits = gl.where((columns < seq_len_kv)[None, :], logits, float("-inf"))
-            peak = gl.max(logits, 1) * qk_scale_log2
-            weights = gl.exp2(logits * qk_scale_log2 - peak[:, None])
+            if HAS_BIAS:
+                logits = logits * qk_scale_log2 + tile_bias[None, :]
+                peak = gl.max(logits, 1)
+                # Where all logits are -inf, shifting by 0 keeps -inf - -inf out.
+                weights = gl.exp2(logits - gl.where(peak == float("-inf"), 0.0, peak)[:, None])
+            else:
+                if RAGGED_KV:
+                    columns = last_start + gl.arange(0, BLOCK_N, s_columns)
+                    logits = gl.where((columns < seq_len_kv)[None, :], logits, float("-inf"))
+                peak = gl.max(logits, 1) * qk_scale_log2
+                weights = gl.exp2(logits * qk_scale_log2 - peak[:, None])
             mass = gl.sum(weights, 1)
             p = gl.convert_layout(weights.to(DTYPE), p_layout)
             for i in range(base + 1, base + num_tiles):
                 stage = i % STAGES
                 before = (i - 1) % STAGES
+                if HAS_BIAS:
+                    tile = base + num_tiles - 1 - i
+                    start = gl.load(indices + tile // TILES) * KV_BLOCK + (tile % TILES) * BLOCK_N
                 mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
                 k = k_smem.index(stage).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
                 logits = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
                 mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
                 v = v_smem.index(before).reshape([BLOCK_N, BLOCK_D])
                 acc = warpgroup_mma(p, v, acc, is_async=True)
+                if HAS_BIAS:
+                    tile_bias = _load_bias(bias, start, seq_len_kv, BLOCK_N, s_columns, False)
                 logits = warpgroup_mma_wait(1, deps=[logits])
                 warpgroup_barrier()
                 mbarrier.arrive(k_empty.index(stage), count=1)
-                new_peak = gl.maximum(peak, gl.max(logits, 1) * qk_scale_log2)
-                weights = gl.exp2(logits * qk_scale_log2 - new_peak[:, None])
-                decay = gl.exp2(peak - new_peak)
+                if HAS_BIAS:
+                    logits = logits * qk_scale_log2 + tile_bias[None, :]
+                    new_peak = gl.maximum(peak, gl.max(logits, 1))
+                    shift = gl.where(new_peak == float("-inf"), 0.0, new_peak)
+                    weights = gl.exp2(logits - shift[:, None])
+                    decay = gl.exp2(peak - shift)
+                else:
+                    new_peak = gl.maximum(peak, gl.max(logits, 1) * qk_scale_log2)
+                    weights = gl.exp2(logits * qk_scale_log2 - new_peak[:, None])
+                    decay = gl.exp2(peak - new_peak)
                 mass = mass * decay + gl.sum(weights, 1)
                 peak = new_peak
-                next_p = gl.convert_layout(weights.to(DTYPE), p_layout)
+                if not LATE_P:
+                    next_p = gl.convert_layout(weights.to(DTYPE), p_layout)
                 acc, p = warpgroup_mma_wait(0, deps=[acc, p])
                 warpgroup_barrier()
                 mbarrier.arrive(v_empty.index(before), count=1)
                 acc = acc * gl.convert_layout(decay, o_rows)[:, None]
+                if LATE_P:
+                    next_p = gl.convert_layout(weights.to(DTYPE), p_layout)
                 p = next_p
             stage = (base + num_tiles - 1) % STAGES
             mbarrier.wait(v_full.index(stage), ((base + num_tiles - 1) // STAGES) & 1)
@@ -204,7 +251,8 @@ def _attend(
             acc = warpgroup_mma_wait(0, deps=[acc])
             warpgroup_barrier()
             mbarrier.arrive(v_empty.index(stage), count=1)
-            acc = acc * gl.convert_layout(1.0 / mass, o_rows)[:, None]
+            inverse = 1.0 / gl.where(mass == 0.0, 1.0, mass) if HAS_BIAS else 1.0 / mass
+            acc = acc * gl.convert_layout(inverse, o_rows)[:, None]
         else:
             warpgroup_barrier()
             mbarrier.arrive(q_empty, count=1)
@@ -221,6 +269,7 @@ def _attend(
         tma_store(out, [batch, head, start_m, 0], o_smem.index(consumer))
         base += num_tiles
         turn += 1
+        indices = next_indices
         num_tiles = next_num_tiles
         last_start = next_last_start
     tma.store_wait(0)
@@ -228,11 +277,13 @@ def _attend(
 
 @gluon.jit(do_not_specialize=RUNTIME_INTEGERS)
 def block_sparse_forward_hopper_kernel(
-    query, key, value, out, lse_ptr, counts_ptr, indices_ptr,
+    query, key, value, out, lse_ptr, counts_ptr, indices_ptr, bias_ptr,
     counts_stride_b, counts_stride_h, indices_stride_b, indices_stride_h, indices_stride_m,
+    bias_stride_b, bias_stride_h,
     num_heads, group_size, seq_len_q, seq_len_kv, num_q_tiles, num_work, qk_scale_log2,
     BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, Q_BLOCK: gl.constexpr, KV_BLOCK: gl.constexpr,
-    STAGES: gl.constexpr, RAGGED_KV: gl.constexpr, STORE_LSE: gl.constexpr,
+    STAGES: gl.constexpr, RAGGED_KV: gl.constexpr, HAS_BIAS: gl.constexpr, LATE_P: gl.constexpr,
+    STORE_LSE: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """128 queries of one head over their listed kv-blocks, q tile after q tile; query, key, value, out are
@@ -262,17 +313,18 @@ def block_sparse_forward_hopper_kernel(
     lists = (
         counts_ptr, indices_ptr, counts_stride_b, counts_stride_h, indices_stride_b, indices_stride_h, indices_stride_m,
     )  # fmt: skip
+    biases = bias_ptr, bias_stride_b, bias_stride_h
     gl.warp_specialize(
         [
             (_attend, (
-                0, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, lists,
+                0, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, lists, biases,
                 num_heads, seq_len_q, seq_len_kv, num_q_tiles, num_work, qk_scale_log2,
-                Q_BLOCK, KV_BLOCK, BLOCK_N, BLOCK_D, STAGES, RAGGED_KV, STORE_LSE,
+                Q_BLOCK, KV_BLOCK, BLOCK_N, BLOCK_D, STAGES, RAGGED_KV, HAS_BIAS, LATE_P, STORE_LSE,
             )),
             (_attend, (
-                1, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, lists,
+                1, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, lists, biases,
                 num_heads, seq_len_q, seq_len_kv, num_q_tiles, num_work, qk_scale_log2,
-                Q_BLOCK, KV_BLOCK, BLOCK_N, BLOCK_D, STAGES, RAGGED_KV, STORE_LSE,
+                Q_BLOCK, KV_BLOCK, BLOCK_N, BLOCK_D, STAGES, RAGGED_KV, HAS_BIAS, LATE_P, STORE_LSE,
             )),
             (_load_tiles, (
                 query, key, value, q_smem, k_smem, v_smem, barriers, lists,
@@ -292,6 +344,7 @@ def hopper_forward(
     block_mask: BlockMask,
     *,
     scale: float,
+    key_bias: Tensor | None = None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the kernel; inference only.
@@ -302,6 +355,8 @@ def hopper_forward(
         key, value: `[batch, seq_len_kv, num_kv_heads, head_dim]`.
         block_mask: lists; q-blocks of a multiple of 128 tokens, kv-blocks of a multiple of 64.
         scale: factor on query . key, positive.
+        key_bias: fp32 `[B|1, H|1, seq_len_kv]`, natural-log units, or None. Read in place where its rows start at
+            multiples of 16 bytes.
         return_lse: whether to compute the LSE.
 
     Returns:
@@ -317,6 +372,12 @@ def hopper_forward(
     )
     if indices.shape[-1] == 0:
         indices = torch.zeros(*indices.shape[:3], 1, dtype=torch.int32, device=indices.device)
+    bias = None
+    if key_bias is not None:
+        bias = key_bias.to(torch.float32)
+        apart = [bias.stride(d) for d in range(2) if bias.shape[d] > 1]
+        if bias.stride(2) != 1 or bias.data_ptr() % 16 or any(stride % BIAS_ALIGNMENT for stride in apart):
+            bias = F.pad(bias, (0, -seq_len_kv % BIAS_ALIGNMENT)).contiguous()
     block_d = padded_head_dim(head_dim)
     block_n = 128 if block_mask.kv_block_size % 128 == 0 else 64
     num_q_tiles = triton.cdiv(seq_len_q, BLOCK_M)
@@ -327,10 +388,13 @@ def hopper_forward(
         launch(
             _descriptor(query, 64, block_d), _descriptor(key, block_n, block_d), _descriptor(value, block_n, block_d),
             _descriptor(out, 64, block_d), lse if lse is not None else counts, counts, indices,
+            bias if bias is not None else counts,
             *_broadcast_strides(counts, 2), *_broadcast_strides(indices, 2), indices.stride(2),
+            *((x // BIAS_ALIGNMENT for x in _broadcast_strides(bias, 2)) if bias is not None else (0, 0)),
             num_heads, num_heads // key.shape[2], seq_len_q, seq_len_kv, num_q_tiles, num_work, scale * LOG2_E,
             BLOCK_D=block_d, BLOCK_N=block_n, Q_BLOCK=block_mask.q_block_size, KV_BLOCK=block_mask.kv_block_size,
-            STAGES=num_stages(block_n, block_d), RAGGED_KV=seq_len_kv % block_n != 0, STORE_LSE=return_lse,
+            STAGES=num_stages(block_n, block_d), RAGGED_KV=seq_len_kv % block_n != 0, HAS_BIAS=bias is not None,
+            LATE_P=block_d <= MAX_LATE_P, STORE_LSE=return_lse,
             CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

@@ -9,14 +9,15 @@ seq_len_q * seq_len_kv. The backward recomputes the probabilities from the saved
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autocast import without_autocast
 from ..block_mask import BlockMask
+from .autograd import differentiable
 from .tiles import own_tiles, tile_lists, unpacked
 
 CHUNK_ELEMENTS = 1 << 23
@@ -51,59 +52,57 @@ def reference(
         `[batch, num_heads, seq_len_q]`, fp64 when `query` is fp64, else fp32. Sums are kept in the dtype of the LSE.
         Rows without any block give 0 and -inf. Both are differentiable once in query, key and value.
     """
-    out, lse = _ReferenceAttention.apply(query, key, value, block_mask, scale, key_bias, skip_threshold)
-    return out, lse
+    forward = partial(_forward, skip_threshold=skip_threshold)
+    return differentiable(forward, _gradients, query, key, value, block_mask, scale=scale, key_bias=key_bias)
 
 
-class _ReferenceAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        block_mask: BlockMask,
-        scale: float,
-        key_bias: Any,
-        skip_threshold: float | None,
-    ) -> tuple[Tensor, Tensor]:
-        blocks = _blocks(query, key, value, block_mask, scale, key_bias)
-        out = torch.zeros_like(blocks.query)
-        lse = out.new_full(out.shape[:-1], -torch.inf)
-        for start, stop, width in blocks.chunks():
-            scores, values = blocks.scores(start, stop, width)[0], blocks.gathered(blocks.value, start, stop, width)
-            if skip_threshold:
-                scores = _without_skipped(scores, blocks.q_rows(start, stop), width, math.log(skip_threshold))
-            peak = scores.amax(-1, keepdim=True)
-            peak = torch.where(peak == -torch.inf, 0.0, peak)
-            weights = torch.exp(scores - peak)
-            mass = weights.sum(-1, keepdim=True)
-            lse[:, :, start:stop] = (peak + torch.log(mass)).squeeze(-1)
-            out[:, :, start:stop] = weights @ values / torch.where(mass == 0, 1.0, mass)
-        out = blocks.by_token(out).transpose(1, 2).to(query.dtype)
-        lse = blocks.by_token(lse.unsqueeze(-1)).squeeze(-1).contiguous()
-        ctx.save_for_backward(query, key, value, key_bias, out, lse)
-        ctx.block_mask, ctx.scale = block_mask, scale
-        return out, lse
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad_out, grad_lse = grad_outputs
-        with without_autocast(grad_out.device.type):
-            return (*_gradients(ctx, grad_out, grad_lse), None, None, None, None)
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    *,
+    scale: float,
+    key_bias: Tensor | None,
+    skip_threshold: float | None,
+) -> tuple[Tensor, Tensor]:
+    blocks = _blocks(query, key, value, block_mask, scale, key_bias)
+    out = torch.zeros_like(blocks.query)
+    lse = out.new_full(out.shape[:-1], -torch.inf)
+    for start, stop, width in blocks.chunks():
+        scores, values = blocks.scores(start, stop, width)[0], blocks.gathered(blocks.value, start, stop, width)
+        if skip_threshold:
+            scores = _without_skipped(scores, blocks.q_rows(start, stop), width, math.log(skip_threshold))
+        peak = scores.amax(-1, keepdim=True)
+        peak = torch.where(peak == -torch.inf, 0.0, peak)
+        weights = torch.exp(scores - peak)
+        mass = weights.sum(-1, keepdim=True)
+        lse[:, :, start:stop] = (peak + torch.log(mass)).squeeze(-1)
+        out[:, :, start:stop] = weights @ values / torch.where(mass == 0, 1.0, mass)
+    out = blocks.by_token(out).transpose(1, 2).to(query.dtype)
+    return out, blocks.by_token(lse.unsqueeze(-1)).squeeze(-1).contiguous()
 
 
-def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_mask: BlockMask,
+    *,
+    scale: float,
+    key_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, in their dtypes and shapes."""
-    query, key, value, key_bias, out, lse = ctx.saved_tensors
-    scale = ctx.scale
-    blocks = _blocks(query, key, value, ctx.block_mask, scale, key_bias)
+    blocks = _blocks(query, key, value, block_mask, scale, key_bias)
     dtype = blocks.query.dtype
     delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1).transpose(1, 2)
     # Rows without keys have lse -inf: no weight, and whatever arrives through them is dropped.
     empty = lse == -torch.inf
-    shift = torch.where(empty, 0.0, grad_lse.to(dtype) - delta)
+    shift = torch.where(empty, 0.0, -delta if grad_lse is None else grad_lse.to(dtype) - delta)
     grad_out_blocks, lse_blocks, shift_blocks = (
         blocks.by_q_block(grad_out.to(dtype).transpose(1, 2)),
         blocks.by_q_block(torch.where(empty, torch.inf, lse).unsqueeze(-1), padding=torch.inf),

@@ -42,9 +42,11 @@ class _Tokens:
     stop: int
     index: Tensor | None
 
-    def take(self, x: Tensor) -> Tensor:
-        """Pick from `[batch, seq_len, heads, head_dim]`; a view where the tokens are one run."""
-        return x[:, self.start : self.stop] if self.index is None else x.index_select(1, self.index)
+    def take(self, x: Tensor, dim: int = 1) -> Tensor:
+        """Pick from `[batch, seq_len, heads, head_dim]`, or along another dim; a view where the tokens are one run."""
+        if self.index is None:
+            return x.narrow(dim, self.start, self.stop - self.start)
+        return x.index_select(dim, self.index)
 
     def put(self, x: Tensor, update: Tensor) -> None:
         if self.index is None:
@@ -80,7 +82,9 @@ class _Part:
     calls: list[_Call]
 
 
-def grouped_sdpa(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, *, scale: float) -> Tensor:
+def grouped_sdpa(
+    query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, *, scale: float, key_bias: Tensor | None = None
+) -> Tensor:
     """Attention over the listed blocks through dense `scaled_dot_product_attention` calls; inference only.
 
     Args:
@@ -88,9 +92,11 @@ def grouped_sdpa(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMas
         key, value: `[batch, seq_len_kv, num_kv_heads, head_dim]`.
         block_mask: the lists; the first use reads them from the device and plans the calls.
         scale: factor on query . key.
+        key_bias: fp32 `[B|1, H|1, seq_len_kv]` added to the scaled logits, natural-log units, or None. A call with a
+            mask then has one for each sample and head that the bias has.
 
     Returns:
-        `[batch, seq_len_q, num_heads, head_dim]`, 0 in rows without any block.
+        `[batch, seq_len_q, num_heads, head_dim]`, 0 in rows without any block or with all keys at -inf.
     """
     group_size = query.shape[2] // key.shape[2]
     out = query.new_zeros(query.shape)
@@ -98,6 +104,9 @@ def grouped_sdpa(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMas
         q, o = query[part.batch], out[part.batch]
         k, v = key[part.batch], value[part.batch]
         heads = part.heads
+        bias = None
+        if key_bias is not None:
+            bias = _of_part(key_bias, part).to(_bias_dtype(query)).unsqueeze(2)
         if heads is not None:
             q = q[:, :, heads]
             k, v = (x[:, :, [h // group_size for h in heads]] for x in (k, v))
@@ -105,13 +114,19 @@ def grouped_sdpa(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMas
         elif group_size > 1:
             k, v = (x.repeat_interleave(group_size, 2) for x in (k, v))
         for number, call in enumerate(part.calls):
+            mask = _additive_mask(block_mask, part, number, query.dtype)
+            if bias is not None:
+                picked = call.keys.take(bias, 3)
+                mask = picked if mask is None else mask + picked
             result = F.scaled_dot_product_attention(
                 call.queries.take(q).transpose(1, 2),
                 call.keys.take(k).transpose(1, 2),
                 call.keys.take(v).transpose(1, 2),
-                attn_mask=_additive_mask(block_mask, part, number, query.dtype),
+                attn_mask=mask,
                 scale=scale,
             )
+            if bias is not None and mask is not None:
+                result = result.masked_fill((mask == -torch.inf).all(-1, keepdim=True), 0.0)
             call.queries.put(o, result.transpose(1, 2))
         if heads is not None:
             out[part.batch, :, heads] = o
@@ -134,6 +149,18 @@ def relative_cost(block_mask: BlockMask, dtype: torch.dtype) -> float:
         dense = CALL_COST + block_mask.seq_len_kv * (block_mask.seq_len_q + START_COST[half])
         costs[half] = total / (block_mask.batch_size * block_mask.num_heads * dense)
     return costs[half]
+
+
+def _of_part(key_bias: Tensor, part: _Part) -> Tensor:
+    """The samples and heads of a part, where the bias has them."""
+    if key_bias.shape[0] > 1:
+        key_bias = key_bias[part.batch]
+    return key_bias if part.heads is None or key_bias.shape[1] == 1 else key_bias[:, part.heads]
+
+
+def _bias_dtype(query: Tensor) -> torch.dtype:
+    """SDPA on a CPU adds fp32 to the logits of half precision too; elsewhere it wants the dtype of the query."""
+    return torch.float32 if query.device.type == "cpu" and query.dtype.itemsize == 2 else query.dtype
 
 
 def _additive_mask(block_mask: BlockMask, part: _Part, number: int, dtype: torch.dtype) -> Tensor | None:
