@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -73,6 +74,9 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'vidsparse' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)
+    if name.endswith("Processor") and find_spec("diffusers") is not None:
+        # Before `model.set_attn_processor` is looked up, which transformers such as Mochi's do not have by themselves.
+        import_module("vidsparse.processors.binding").install()
     globals()[name] = value
     return value
 

@@ -68,3 +68,44 @@ def test_every_exported_name_resolves():
         assert getattr(vidsparse, name) is not None
     assert set(vidsparse.__all__) <= set(dir(vidsparse))
     assert not hasattr(vidsparse, "no_such_name")
+
+
+BARE = """
+import torch
+import vidsparse{imports}
+from vidsparse.testing import CASES
+case = CASES[{family!r}]
+model = case.build().eval()
+model.set_attn_processor({processor}(warmup_steps=0, dense_layers=0, min_tokens=0))
+with torch.no_grad():
+    model(**case.inputs(1, torch.Generator().manual_seed(0)), return_dict=False)
+print(model._vidsparse_binding.run.report.num_sparse_calls)
+"""
+
+
+def test_the_advertised_line_in_a_fresh_process():
+    """Python looks the method up before the processor is made: what installs it must reach that method too."""
+    cases = (
+        ("", "Wan", "vidsparse.RadialProcessor"),
+        ("\nfrom vidsparse import RadialProcessor", "Wan", "RadialProcessor"),
+        ("\nfrom vidsparse import RadialProcessor", "Mochi", "RadialProcessor"),
+    )
+    for imports, family, processor in cases:
+        assert int(run(BARE.format(imports=imports, family=family, processor=processor))) >= 2
+
+
+def test_other_processors_pass_through_to_diffusers():
+    code = (
+        "import vidsparse\n"
+        "from vidsparse.testing import CASES\n"
+        "model = CASES['Wan'].build()\n"
+        "stock = dict(model.attn_processors)\n"
+        "vidsparse.RadialProcessor()\n"
+        "try:\n"
+        "    model.set_attn_processor({})\n"
+        "except ValueError as error:\n"
+        "    print('A dict of processors' in str(error))\n"
+        "model.set_attn_processor(dict(stock))\n"
+        "print(model.attn_processors == stock)"
+    )
+    assert run(code).split() == ["True", "True"]

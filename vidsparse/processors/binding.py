@@ -8,8 +8,8 @@ caches put around `module.forward`, so they see whole inputs, and removing them 
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,6 +30,7 @@ from vidsparse.schedule import ASKED_FOR, METHOD_DENSE, UNKNOWN_STEP
 FAST_ON_CUDA = frozenset({"triton", "hopper", "flash4", "flex"})
 SCORES_SKIPPED = "attention scores skipped by perturbed-attention guidance"
 BINDING = "_vidsparse_binding"
+STOCK = "vidsparse_stock"
 PROJECTION = "proj_l"
 """Name of a layer's projection for the linear branch, as in the public SLA and TurboDiffusion checkpoints."""
 REPLACE_PROCESSORS = ("fuse_qkv_projections", "unfuse_qkv_projections")
@@ -39,33 +40,49 @@ REPLACE_PROCESSORS = ("fuse_qkv_projections", "unfuse_qkv_projections")
 def install() -> None:
     """Teach `set_attn_processor` of diffusers to bind vidsparse processors; anything else passes through unchanged.
 
-    Runs when the first processor is made, and once.
+    Runs when the first processor is made, and once. `model.set_attn_processor(RadialProcessor())` looks the method up
+    before it makes the processor, so the function that is already in the caller's hands must change: its code is
+    replaced, and the code from before kept as a function of its own.
     """
     import diffusers
     from diffusers.models.attention import AttentionMixin
 
-    original = AttentionMixin.set_attn_processor
-    if getattr(original, "vidsparse_installed", False):
+    function: Any = AttentionMixin.set_attn_processor
+    if hasattr(function, STOCK):
         return
-
-    @functools.wraps(original)
-    def set_attn_processor(self: Any, processor: Any) -> None:
-        if isinstance(processor, SparseProcessor):
-            bind(processor, self)
-            return
-        binding = vars(self).get(BINDING)
-        # `model.set_attn_processor(model.attn_processors)` puts back what is there, ours included.
-        if not (binding is not None and isinstance(processor, dict) and binding.owns_any(processor.values())):
-            unbind(self)
-        original(self, processor)
-
-    vars(set_attn_processor)["vidsparse_installed"] = True
-    AttentionMixin.set_attn_processor = set_attn_processor
+    stock = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
+    setattr(function, STOCK, stock)
+    function.__code__ = _pass_through.__code__
     for name in supported_models():
         # Transformers without the mixin get the method too; there is nothing of theirs to pass through to.
         cls = getattr(diffusers, name, None)
         if cls is not None and not hasattr(cls, "set_attn_processor"):
             cls.set_attn_processor = _set_attn_processor
+
+
+def _pass_through(self: Any, processor: Any) -> None:
+    # Runs with the globals of diffusers.
+    from vidsparse.processors.binding import set_attn_processor
+
+    set_attn_processor(self, processor)
+
+
+def set_attn_processor(model: Any, processor: Any) -> None:
+    """Bind a vidsparse processor; hand anything else to diffusers' own code."""
+    from diffusers.models.attention import AttentionMixin
+
+    if isinstance(processor, SparseProcessor):
+        bind(processor, model)
+        return
+    _make_way(model, processor)
+    getattr(AttentionMixin.set_attn_processor, STOCK)(model, processor)
+
+
+def _make_way(model: Any, processor: Any) -> None:
+    """Unbind for other processors, but not for `model.set_attn_processor(model.attn_processors)`, which changes nothing."""
+    binding = vars(model).get(BINDING)
+    if not (binding is not None and isinstance(processor, dict) and binding.owns_any(processor.values())):
+        unbind(model)
 
 
 def _set_attn_processor(self: Any, processor: Any) -> None:
@@ -81,9 +98,7 @@ def _set_attn_processor(self: Any, processor: Any) -> None:
     if isinstance(processor, SparseProcessor):
         bind(processor, self)
         return
-    binding = vars(self).get(BINDING)
-    if not (binding is not None and isinstance(processor, dict) and binding.owns_any(processor.values())):
-        unbind(self)
+    _make_way(self, processor)
     modules = {f"{name}.processor": module for name, module in self.named_modules() if hasattr(module, "processor")}
     if isinstance(processor, dict) and processor.keys() != modules.keys():
         raise ValueError(

@@ -21,6 +21,7 @@ from vidsparse.errors import DenseFallbackError, UnboundProcessorError, Unsuppor
 from vidsparse.parts import Selection
 from vidsparse.processors.context import AttentionContext
 from vidsparse.processors.families import Family
+from vidsparse.processors.fused import fused_form
 from vidsparse.processors.parallel import attend_over_ranks
 
 ATTENTION_MASK = "attention mask that is not one per key"
@@ -250,7 +251,8 @@ def delegate_class(base: type) -> type:
 
     Its `__call__` is compiled from the family's source with the family's globals, and each attention call in it (see
     `ATTENTION_CALLS`) is a call of the layer's own method. The code object is shared by all layers, so torch.compile
-    sees one function, and tracebacks point into the family's file.
+    sees one function, and tracebacks point into the family's file. Where there is a fused form of that code, it is asked
+    first.
 
     Raises:
         UnsupportedModelError: the processor makes no such call, or its source cannot be read.
@@ -262,7 +264,8 @@ def delegate_class(base: type) -> type:
             f"{base.__name__} makes no attention call that vidsparse knows ({' or '.join(ATTENTION_CALLS)}); reset "
             "the model's attention processors before setting a vidsparse one."
         )
-    cls = type(f"Sparse{base.__name__}", (LayerProcessor, base), {"__call__": function, "__doc__": base.__doc__})
+    members = {"__call__": function, "fused": fused_form(call), "__doc__": base.__doc__}
+    cls = type(f"Sparse{base.__name__}", (LayerProcessor, base), members)
     _tell_guiders(cls, base)
     return cls
 
@@ -294,6 +297,8 @@ def _with_our_attention(call: types.FunctionType) -> Callable[..., Any] | None:
     tree = replace.visit(tree)
     if not replace.found:
         return None
+    if fused_form(call) is not None:
+        definition.body[:0] = _ask_fused(definition)
     ast.increment_lineno(tree, first_line - 1)
     names: dict[str, Any] = {}
     exec(compile(ast.fix_missing_locations(tree), path or "<processor>", "exec"), call.__globals__, names)
@@ -301,6 +306,17 @@ def _with_our_attention(call: types.FunctionType) -> Callable[..., Any] | None:
     function.__defaults__, function.__kwdefaults__ = call.__defaults__, call.__kwdefaults__
     function.__annotations__ = dict(call.__annotations__)
     return function
+
+
+def _ask_fused(definition: ast.FunctionDef) -> list[ast.stmt]:
+    """Return what `self.fused` makes of the arguments, unless it declines."""
+    processor, *arguments = (argument.arg for argument in definition.args.args)
+    code = f"_fused = {processor}.fused({', '.join(arguments)})\nif _fused is not None:\n    return _fused"
+    statements = ast.parse(code).body
+    for statement in statements:
+        for node in ast.walk(statement):
+            ast.copy_location(node, definition.body[0])
+    return statements
 
 
 class _ReplaceAttention(ast.NodeTransformer):

@@ -7,6 +7,7 @@ fused form was not made for, the family's own code runs.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import inspect
 import textwrap
@@ -35,10 +36,10 @@ def fused_form(call: types.FunctionType) -> Callable[..., Any] | None:
     if form is None:
         return None
 
-    def fused(layer: Any, attn: Any, hidden_states: torch.Tensor, *arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or not _is_usual(hidden_states):
+    def fused(layer: Any, attn: Any, hidden_states: Any, encoder_hidden_states: Any, *arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or not _is_usual(hidden_states, encoder_hidden_states):
             return None
-        return form(layer, attn, hidden_states, *arguments)
+        return form(layer, attn, hidden_states, encoder_hidden_states, *arguments)
 
     return fused
 
@@ -51,11 +52,12 @@ def fingerprint(call: types.FunctionType) -> str:
     return hashlib.sha256("\n".join([names, *map(ast.unparse, definition.body)]).encode()).hexdigest()[:16]
 
 
-def _is_usual(hidden_states: torch.Tensor) -> bool:
+def _is_usual(hidden_states: Any, encoder_hidden_states: Any) -> bool:
     # Autocast rounds where the fused form does not, and the kernel has no backward.
     return (
         type(hidden_states) is torch.Tensor
         and hidden_states.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and (encoder_hidden_states is None or encoder_hidden_states.dtype == hidden_states.dtype)
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(hidden_states.device.type)
         and _has_kernel(hidden_states.device)
@@ -86,7 +88,7 @@ def _real_tables(rotary: Any, num_tokens: int, ndim: int, device: torch.device) 
     return (
         isinstance(rotary, tuple | list)
         and len(rotary) == 2
-        and all(t.ndim == ndim and t.shape[-2 if ndim == 2 else 1] == num_tokens for t in rotary)
+        and all(t.ndim == ndim and t.shape[0 if ndim == 2 else 1] == num_tokens for t in rotary)
         and all(t.dtype == torch.float32 and t.device == device for t in rotary)
     )
 
@@ -121,7 +123,7 @@ def _projections(attn: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def _added_projections(attn: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if getattr(attn, "fused_projections", False):
+    if attn.fused_projections:
         return attn.to_added_qkv(hidden_states).chunk(3, dim=-1)
     return attn.add_q_proj(hidden_states), attn.add_k_proj(hidden_states), attn.add_v_proj(hidden_states)
 
@@ -159,7 +161,7 @@ def _hunyuan_video(
     if encoder_hidden_states is None or attn.norm_q is None or attn.norm_k is None:
         return None
     joint = attn.add_q_proj is not None
-    head_dim = attn.norm_q.weight.shape[0] if type(attn.norm_q) is RMSNorm else 0
+    head_dim = attn.inner_dim // attn.heads
     norms, added_norms = (attn.norm_q, attn.norm_k), (attn.norm_added_q, attn.norm_added_k)
     x = hidden_states
     if (
@@ -200,8 +202,10 @@ def _hunyuan_video(
 
 
 def _flux(
-    layer: Any, attn: Any, hidden_states: Any, encoder_hidden_states: Any, attention_mask: Any, image_rotary_emb: Any
-) -> Any:
+    layer: Any, attn: Any, hidden_states: Any, encoder_hidden_states: Any, attention_mask: Any, image_rotary_emb: Any,
+    packs: bool = True,
+) -> Any:  # fmt: skip
+    """`packs`: text and image are made contiguous before their output projections, as in Flux."""
     joint = attn.added_kv_proj_dim is not None
     if joint != (encoder_hidden_states is not None):
         return None
@@ -234,7 +238,9 @@ def _flux(
     if not joint:
         return out
     text, image = out.split_with_sizes([text_len, x.shape[1]], dim=1)
-    return attn.to_out[1](attn.to_out[0](image.contiguous())), attn.to_add_out(text.contiguous())
+    if packs:
+        text, image = text.contiguous(), image.contiguous()
+    return attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text)
 
 
 def _qwen_image(
@@ -289,8 +295,8 @@ FORMS: dict[str, Callable[..., Any]] = {
     "1dcc1d819a5be1d3": _wan,
     "a430a7ecf4dff9f5": _hunyuan_video,
     "68b188d851109648": _flux,
-    "c451eeeed62da1b3": _flux,
+    "c451eeeed62da1b3": functools.partial(_flux, packs=False),
     "2a6750636313cceb": _qwen_image,
 }
-"""Fused forms by the fingerprint of the `__call__` that each was read from, in diffusers 0.42; Bria, LongCat and Ovis
-spell Flux's differently. Where another release changes one, its models run unfused until somebody has read it."""
+"""Fused forms by the fingerprint of the `__call__` that each was read from, in diffusers 0.42; the second of Flux is
+Bria's, LongCat's and Ovis's. Where another release changes one, its models run unfused until somebody has read it."""

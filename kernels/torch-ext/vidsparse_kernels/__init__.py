@@ -16,6 +16,7 @@ from .errors import UnsupportedBackendError
 from .linear_branch import linear_branch
 from .permutation import permute_tokens, unpermute_tokens
 from .pooled_tail import Pools, pool_for_tail, pooled_tail_attention, pooled_tail_merge_
+from .qk_norm_rope import qk_norm_rope, qk_norm_rope_pair
 
 __all__ = [
     "BlockMask",
@@ -35,6 +36,8 @@ __all__ = [
     "pool_for_tail",
     "pooled_tail_attention",
     "pooled_tail_merge_",
+    "qk_norm_rope",
+    "qk_norm_rope_pair",
     "score_blocks",
     "select_backend",
     "select_block_lists",
