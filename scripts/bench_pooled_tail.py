@@ -4,7 +4,8 @@
 
 Checks the kernels against float64 first and prints no speed if that fails. Times are medians of CUDA events with a cold
 L2. `share` is the time over that of `block_sparse_attention` with its LSE at the same shape. `--sweep` also times other
-tile shapes of the tail kernel, each checked against the default one.
+tile shapes of the tail kernel and the kernel for Hopper GPUs, each checked against the default one; `--quick` does so
+at one shape, in less than a minute.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 from vidsparse_kernels import BlockMask, block_sparse_attention, merge_attention_states, pool_blocks
 from vidsparse_kernels.block_sparse_attention.configs import ForwardConfig
 from vidsparse_kernels.pooled_tail import pool_for_tail, pooled_tail_attention, pooled_tail_merge_
-from vidsparse_kernels.pooled_tail.forward import triton_tail
+from vidsparse_kernels.pooled_tail.forward import block_sizes_log2, hopper_can, triton_tail
+from vidsparse_kernels.pooled_tail.hopper import tail_bias
 from vidsparse_kernels.pooled_tail.words import listed_words
 from vidsparse_kernels.testing import make_block_mask, make_qkv, make_variable_block_mask
 
@@ -33,10 +37,14 @@ KV_BLOCK_SIZES = (64, 128)
 Q_BLOCK_SIZE, DENSITY = 128, 0.15
 BYTES_PER_MS = 4.26e9
 """Device copy of an H200, bytes read and written."""
+QUICK_SHAPES = ((75_600, 12, 128),)
 SWEEP = (
-    ForwardConfig(128, 32, 4, 2, True), ForwardConfig(128, 32, 4, 3, True), ForwardConfig(128, 64, 4, 3, True),
-    ForwardConfig(128, 64, 8, 2, True), ForwardConfig(64, 64, 4, 2, True), ForwardConfig(64, 64, 4, 3, True),
+    (ForwardConfig(128, 64, 4, 2, True), False), (ForwardConfig(128, 64, 8, 2, True), False),
+    (ForwardConfig(128, 64, 8, 3, True), False), (ForwardConfig(64, 64, 4, 2, True), False),
+    (ForwardConfig(64, 64, 4, 3, True), False), (ForwardConfig(128, 64, 4, 2, True), True),
+    (ForwardConfig(128, 128, 4, 2, True), True),
 )  # fmt: skip
+"""Tile shapes, and whether of the kernel for Hopper GPUs, where only block_n counts."""
 
 
 def main() -> int:
@@ -44,6 +52,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--repeats", type=int, default=15, help="timed runs of each row (default 15)")
     parser.add_argument("--sweep", action="store_true", help="also time other tile shapes")
+    parser.add_argument("--quick", action="store_true", help="sweep at 75,600 tokens and 12 heads, no other shape")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("This benchmark needs a CUDA GPU.", file=sys.stderr)
@@ -62,7 +71,7 @@ def main() -> int:
         print(f"Wrong result, so no speed is reported: {error}", file=sys.stderr)
         return 1
     rows = [
-        row for shape in SHAPES for size in KV_BLOCK_SIZES for row in bench_shape(*shape, size, arguments)
+        row for shape in (QUICK_SHAPES if arguments.quick else SHAPES) for size in KV_BLOCK_SIZES for row in bench_shape(*shape, size, arguments)
     ]  # fmt: skip
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -154,23 +163,37 @@ def bench_shape(
     )
     add("words, pools, tail with fused merge",
         lambda: (words(), pooled_tail_merge_(out, lse, query, key, value, mask)), tail_flops)  # fmt: skip
-    if arguments.sweep and kv_block_size == 64 and num_heads == 12:
-        wanted = triton_tail(query, pools, mask, scale=scale, first_order=True)[0]
-        for config in SWEEP:
+    if arguments.quick or arguments.sweep and num_heads == 12:
+        wanted = triton_tail(query, pools, mask, scale=scale, first_order=True)
+        merged = triton_tail(query, pools, mask, scale=scale, first_order=True, state=(out.clone(), lse.clone()))
+        for config, hopper in SWEEP:
+            name = f"{config.block_m}x{config.block_n} warps {config.num_warps} stages {config.num_stages}"
+            if hopper:
+                name = f"Hopper kernel, {config.block_n} at once"
 
-            def call(config: ForwardConfig = config) -> torch.Tensor:
-                return triton_tail(query, pools, mask, scale=scale, first_order=True, config=config)[0]
+            def call(state: tuple[Tensor, Tensor] | None = None, config: Any = config, hopper: bool = hopper) -> Any:
+                return triton_tail(
+                    query, pools, mask, scale=scale, first_order=True, state=state, config=config, hopper=hopper
+                )
 
             try:
-                error = float((call() - wanted).float().norm() / wanted.float().norm())
+                results = (call(), wanted), (call((out.clone(), lse.clone())), merged)
             except triton.runtime.errors.OutOfResources as refused:
-                print(f"{config}: {refused}")
+                print(f"{name}: {refused}")
                 continue
-            if error > 5e-3:
-                print(f"{config}: relative error {error:.1e}, not timed")
+            errors = [
+                float((got.float() - want.float()).nan_to_num(1e9).norm() / want.float().norm())
+                for pair in results
+                for got, want in zip(*pair, strict=True)
+            ]
+            if max(errors) > 5e-3:
+                print(f"{name}: relative errors of output and LSE, alone and merged: {errors}, not timed")
                 continue
-            name = f"tail {config.block_m}x{config.block_n} warps {config.num_warps} stages {config.num_stages}"
-            add(name, call, tail_flops)
+            add(f"tail {name}", call, tail_flops)
+            add(f"tail with fused merge {name}", partial(call, (out, lse)), tail_flops)
+        if hopper_can(query, out, mask):
+            sizes = block_sizes_log2(pools.counts, mask)
+            add("bias of the Hopper kernel", lambda: tail_bias(mask, sizes, num_heads))
     return rows
 
 

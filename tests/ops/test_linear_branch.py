@@ -273,23 +273,24 @@ table = dict(
 block_d = padded_head_dim(head_dim)
 ours, theirs = forward_config(**table), backward_config(**table)
 
-def compiled(kernel, tiles, streamed, step, **constants):
+def compiled(kernel, tiles, streamed, step, lists=True, **constants):
     pointers = dict.fromkeys(
         ("denominator_ptr", "delta_ptr", "sum_ptr", "key_sum_ptr"), "*fp32") | dict.fromkeys(
         ("counts_ptr", "indices_ptr", "own_blocks_ptr", "own_tiles_ptr", "weak_ptr"), "*i32") | dict.fromkeys(
         ("state_scale", "row_scale", "eps", "min_share"), "fp32") | dict.fromkeys(
         ("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value", "source", "key_features",
          "query_features", "scaled", "features_ptr", "rest", "scaled_ptr", "state_ptr"), "*bf16")
-    if tiles.descriptors:
+    descriptors = tiles.descriptors and lists
+    if descriptors:
         pointers |= dict.fromkeys(streamed, f"tensordesc<bf16[1, 1, {step}, {block_d}]>")
     constants |= {name: 1 for name in kernel.arg_names if name.endswith("stride_d")}
     constants |= dict(HEAD_DIM=head_dim, BLOCK_D=block_d, FEATURES="softmax", PRECISION="ieee")
     constants |= dict(
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, Q_BLOCK=128, KV_BLOCK=128,
-        CHUNK=forward.chunk_size(torch.empty(0, dtype=torch.bfloat16), block_d), STATE_PARTS=2, HAS_LISTS=True,
-        VARIABLE=bool(variable), DESCRIPTORS=tiles.descriptors, RAGGED=True, WEIGHT_SCALE=1.0)
-    if "STORE_REST" in kernel.arg_names:
-        constants["STORE_REST"] = True
+        CHUNK=forward.chunk_size(torch.empty(0, dtype=torch.bfloat16), block_d), STATE_PARTS=2, HAS_LISTS=lists,
+        VARIABLE=bool(variable) and lists, DESCRIPTORS=descriptors, RAGGED=True, WEIGHT_SCALE=1.0)
+    constants["STORE_REST"] = True
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constants else pointers.get(name, "i32")
@@ -308,6 +309,10 @@ tiles = theirs.grad_key_value
 compiled(
     backward.linear_backward_key_value_kernel, tiles, ("query_features", "scaled"), tiles.block_m, GROUP_SIZE=2,
     MEMBERS=2)
+# Without lists other branches are compiled.
+compiled(forward.linear_forward_kernel, ours, (), 0, lists=False)
+compiled(backward.linear_backward_query_kernel, theirs.grad_query, (), 0, lists=False, GROUP_SIZE=1)
+compiled(backward.linear_backward_key_value_kernel, tiles, (), 0, lists=False, GROUP_SIZE=1, MEMBERS=1)
 """
 
 
@@ -337,4 +342,4 @@ def test_interpreted_semantics():
 @needs_triton
 def test_compiles_for_hopper(tmp_path):
     printed = run(COMPILED, "90", "232448", "128", "1", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
-    assert printed == "True True"
+    assert printed == "True True False False False"

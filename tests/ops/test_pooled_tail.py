@@ -296,9 +296,13 @@ for number, (name, make) in enumerate(masks.items()):
     wanted, exact = (pool_for_tail(k.to(d), v.to(d), mask, backend="reference") for d in (dtype, torch.float64))
     for field in ("keys", "values"):
         assert_close_to_oracle(*(getattr(x, field) for x in (pools, wanted, exact)), name=f"{name} {field}")
-    # The centred keys are rounded for the product.
-    error = (pools.first_order - exact.first_order).abs().max() / exact.first_order.abs().max()
-    assert error < 4 * torch.finfo(dtype).eps, (name, error)
+    # The means leave block by block, in fp32.
+    for shift in (0, 10):
+        sides = k + shift, v - 2 * shift
+        got = pool_for_tail(*sides, mask, backend="triton").first_order if shift else pools.first_order
+        error = got - pool_for_tail(*(x.double() for x in sides), mask, backend="reference").first_order
+        size = math.prod(float(x.double().square().mean().sqrt()) for x in sides)
+        assert error.abs().max() < 8 * torch.finfo(torch.float32).eps * size, (name, shift, error.abs().max() / size)
     truth, truth_lse = oracle(q, k, v, mask, 0.3, first_order, torch.float64)
     eager, eager_lse = oracle(q, k, v, mask, 0.3, first_order, dtype)
     for descriptors in (False, True):
@@ -363,7 +367,7 @@ if capability != 90:
     sys.exit()
 compile(pooling.tail_pool_kernel, dict(
     **sizes, key_stride_d=1, value_stride_d=1, BLOCK_E=min(block_d, 128 if block_d <= 128 else 64), ROWS=64,
-    HAS_OFFSETS=False, ONE_TILE=True, FIRST_ORDER=True, PRECISION="ieee"), num_warps=8)
+    HAS_OFFSETS=False, TILES=1, FIRST_ORDER=True, PRECISION="ieee"), num_warps=8)
 compile(words.listed_words_kernel, dict(WORDS=16))
 rows = 64 if block_d <= 128 else 32
 tile = dict(**sizes, **last, grad_out_stride_d=1, BLOCK_M=rows, BLOCK_N=rows, Q_BLOCK=128, VARIABLE=False, REFINE=False, PRECISION="ieee")
@@ -374,6 +378,43 @@ compile(backward.tail_grad_pools_kernel, tile, halves)
 compile(backward.tail_grad_first_order_kernel, dict(
     **sizes, **last, grad_out_stride_d=1, BLOCK_E=min(block_d, 128 if block_d <= 128 else 64), ROWS=64,
     PRECISION="ieee"), num_warps=8)
+"""
+
+
+COMPILED_FOR_HOPPER = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from vidsparse_kernels.pooled_tail import hopper
+
+head_dim, block_n, merge = (int(x) for x in sys.argv[1:])
+kernel = hopper.pooled_tail_hopper_kernel
+constants = dict(
+    BLOCK_D=head_dim, BLOCK_N=block_n, Q_BLOCK=128, STAGES=hopper.num_stages(block_n, head_dim), FIRST_ORDER=True,
+    MERGE=bool(merge), LATE_P=head_dim <= hopper.MAX_LATE_P, CONSUMER_REGISTERS=hopper.CONSUMER_REGISTERS,
+    PRODUCER_REGISTERS=hopper.PRODUCER_REGISTERS)
+rows = dict(query=64, keys=block_n, values=block_n, matrix=head_dim, out=64)
+others = dict(lse_ptr="*fp32", bias_ptr="*fp32", qk_scale_log2="fp32")
+signature = {}
+for name in kernel.arg_names:
+    if name in constants:
+        signature[name] = "constexpr"
+    elif name in rows:
+        layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows[name], head_dim], gl.bfloat16)
+        signature[name] = f"tensordesc<bf16[1, 1, {rows[name]}, {head_dim}],{layout!r}>"
+    else:
+        signature[name] = others.get(name, "i32")
+attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")}
+places = {(kernel.arg_names.index(n),): v for n, v in constants.items()}
+source = GluonASTSource(kernel, signature, places, attributes)
+compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4, enable_fp_fusion=True))
+assert compiled.metadata.shared <= 227 * 1024, compiled.metadata.shared
+# A thread loads two numbers of the bias at once.
+for word in ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg", "mbarrier.try_wait", "ld.global.v2.b32"):
+    assert word in compiled.asm["ptx"], word
+print("compiled")
 """
 
 
@@ -402,6 +443,13 @@ def test_interpreted_kernels_are_exact(variant):
 )
 def test_kernels_compile(capability, shared_memory, head_dim, expected):
     assert run(COMPILED, str(capability), str(shared_memory), str(head_dim), "1") == expected
+
+
+@needs_triton
+@pytest.mark.parametrize(("head_dim", "block_n", "merge"), [(128, 64, 1), (64, 128, 0)])
+def test_hopper_kernel_compiles(head_dim, block_n, merge, tmp_path):
+    options = dict(TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+    assert run(COMPILED_FOR_HOPPER, str(head_dim), str(block_n), str(merge), **options) == "compiled"
 
 
 def test_reference_takes_more_tokens_than_fit_one_chunk(monkeypatch):

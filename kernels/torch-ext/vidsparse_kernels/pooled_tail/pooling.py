@@ -1,4 +1,10 @@
-"""Triton kernels that pool key and value in one pass over both, and the way back."""
+"""Triton kernel that pools key and value in one pass over both.
+
+The first-order term needs sum_n (k_n - k̄_j)^T v_n = sum_n k_n^T v_n - n_j k̄_j^T v̄_j of every block j. The right side
+needs no mean before the products, which then read key and value as they were loaded. It is taken block by block, so
+that what cancels is one block's: where means are large the error is a few units of fp32 in k̄^T v̄, and so in the
+output, relative to the values, a few units of fp32 times the logits.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +19,19 @@ from ..block_mask import BlockMask
 from ..block_sparse_attention.configs import padded_head_dim
 from .pools import Pools, num_pools
 
-TARGET_PROGRAMS = 1024
-"""Programs to aim at: enough for any GPU. The same everywhere, so that sums are too."""
+TARGET_PROGRAMS = 528
+"""Programs to aim at: four for each of an H200's multiprocessors, as each writes and another reads the square of
+head_dim. The same on every device, so that sums are too."""
+MAX_TILES = 4
+"""Tiles of a block that one step of the loop over blocks holds; larger blocks get a loop of their own."""
 MIN_TOKENS = 512
 """Tokens of a program, at least: its partial sum is as large as 256 tokens of 128 numbers."""
 INTEGERS = [
-    "key_stride_b", "key_stride_s", "key_stride_h", "value_stride_b", "value_stride_s", "value_stride_h",
     "offsets_stride_b", "offsets_stride_h", "num_pools", "group_size", "num_blocks", "per_program", "num_splits",
     "seq_len", "block_size",
 ]  # fmt: skip
+"""Arguments that one compilation serves whatever their value. Not the strides of key and value: only where their
+divisibility is known are 16 bytes loaded at once, and ahead of time."""
 
 
 @triton.jit
@@ -33,10 +43,19 @@ def _load_rows(ptr, tokens, stop, dims, stride_s, stride_d, HEAD_DIM: tl.constex
 
 
 @triton.jit
-def _centred_product(acc, k, v, mean, inside, PRECISION: tl.constexpr):
-    """acc + (k - mean)^T v, products in the dtype of v."""
-    centred = tl.where(inside[:, None], k.to(tl.float32) - mean[None, :], 0.0)
-    return tl.dot(tl.trans(centred.to(v.dtype)), v, acc, input_precision=PRECISION)
+def _add_tile(
+    acc, sum_k, sum_v, key_ptr, value_ptr, tokens, stop, dims, columns,
+    key_stride_s, key_stride_d, value_stride_s, value_stride_d,
+    HEAD_DIM: tl.constexpr, FIRST_ORDER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the tokens before `stop` to the sums of key and value and, for the first order, k^T v to acc."""
+    k = _load_rows(key_ptr, tokens, stop, dims, key_stride_s, key_stride_d, HEAD_DIM)
+    v = _load_rows(value_ptr, tokens, stop, columns, value_stride_s, value_stride_d, HEAD_DIM)
+    sum_k += tl.sum(k.to(tl.float32), 0)
+    sum_v += tl.sum(v.to(tl.float32), 0)
+    if FIRST_ORDER:
+        acc = tl.dot(tl.trans(k), v, acc, input_precision=PRECISION)
+    return acc, sum_k, sum_v
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -47,9 +66,9 @@ def tail_pool_kernel(
     offsets_stride_b, offsets_stride_h,
     num_pools, group_size, num_blocks, per_program, num_splits, seq_len, block_size,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
-    HAS_OFFSETS: tl.constexpr, ONE_TILE: tl.constexpr, FIRST_ORDER: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr, TILES: tl.constexpr, FIRST_ORDER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`per_program` blocks of one head; BLOCK_E columns of the values."""
+    """`per_program` blocks of one head; BLOCK_E columns of the values. TILES of ROWS tokens cover a block; 0: who knows."""
     program = tl.program_id(0)
     # Heads run fastest, so that neighbouring programs read neighbouring memory.
     pool = program % num_pools
@@ -77,32 +96,23 @@ def tail_pool_kernel(
             start = block * block_size
             stop = tl.minimum(start + block_size, seq_len)
         size = tl.maximum(stop - start, 1).to(tl.float32)
-        if ONE_TILE:
-            tokens = start + tl.arange(0, ROWS)
-            k = _load_rows(key_ptr, tokens, stop, dims, key_stride_s, key_stride_d, HEAD_DIM)
-            v = _load_rows(value_ptr, tokens, stop, columns, value_stride_s, value_stride_d, HEAD_DIM)
-            mean_k = tl.sum(k.to(tl.float32), 0) / size
-            mean_v = tl.sum(v.to(tl.float32), 0) / size
-            if FIRST_ORDER:
-                acc = _centred_product(acc, k, v, mean_k, tokens < stop, PRECISION)
+        sum_k = tl.zeros([BLOCK_D], tl.float32)
+        sum_v = tl.zeros([BLOCK_E], tl.float32)
+        if TILES > 0:
+            for part in tl.static_range(TILES):  # pyright: ignore[reportGeneralTypeIssues]
+                acc, sum_k, sum_v = _add_tile(
+                    acc, sum_k, sum_v, key_ptr, value_ptr, start + part * ROWS + tl.arange(0, ROWS), stop, dims, columns,
+                    key_stride_s, key_stride_d, value_stride_s, value_stride_d, HEAD_DIM, FIRST_ORDER, PRECISION,
+                )  # fmt: skip
         else:
-            mean_k = tl.zeros([BLOCK_D], tl.float32)
-            mean_v = tl.zeros([BLOCK_E], tl.float32)
             for first in tl.range(start, stop, ROWS):  # pyright: ignore[reportGeneralTypeIssues]
-                tokens = first + tl.arange(0, ROWS)
-                k = _load_rows(key_ptr, tokens, stop, dims, key_stride_s, key_stride_d, HEAD_DIM)
-                v = _load_rows(value_ptr, tokens, stop, columns, value_stride_s, value_stride_d, HEAD_DIM)
-                mean_k += tl.sum(k.to(tl.float32), 0)
-                mean_v += tl.sum(v.to(tl.float32), 0)
-            mean_k = mean_k / size
-            mean_v = mean_v / size
-            if FIRST_ORDER:
-                # The block is read again, from the cache unless it is very large.
-                for first in tl.range(start, stop, ROWS):  # pyright: ignore[reportGeneralTypeIssues]
-                    tokens = first + tl.arange(0, ROWS)
-                    k = _load_rows(key_ptr, tokens, stop, dims, key_stride_s, key_stride_d, HEAD_DIM)
-                    v = _load_rows(value_ptr, tokens, stop, columns, value_stride_s, value_stride_d, HEAD_DIM)
-                    acc = _centred_product(acc, k, v, mean_k, tokens < stop, PRECISION)
+                acc, sum_k, sum_v = _add_tile(
+                    acc, sum_k, sum_v, key_ptr, value_ptr, first + tl.arange(0, ROWS), stop, dims, columns,
+                    key_stride_s, key_stride_d, value_stride_s, value_stride_d, HEAD_DIM, FIRST_ORDER, PRECISION,
+                )  # fmt: skip
+        mean_k, mean_v = sum_k / size, sum_v / size
+        if FIRST_ORDER:
+            acc -= sum_k[:, None] * mean_v[None, :]
         place = (row * num_blocks + block) * HEAD_DIM
         if slice_e == 0:
             tl.store(keys_ptr + place + dims, mean_k, mask=dims < HEAD_DIM)
@@ -137,19 +147,25 @@ def triton_pool_for_tail(key: Tensor, value: Tensor, block_mask: BlockMask, *, f
     block_d = padded_head_dim(head_dim)
     half = key.element_size() <= 2
     rows = max(16, triton.next_power_of_2(block_mask.kv_block_size))
-    limit = (128 if block_d <= 64 else 64) if half else 32
-    one_tile = offsets is None and rows <= limit
+    rows = min(rows, (128 if block_d <= 64 else 64) if half else 32)
+    tiles = triton.cdiv(block_mask.kv_block_size, rows)
+    if offsets is not None or tiles > MAX_TILES:
+        tiles = 0
     # Up to 64 KB of sums in registers; in fp32 the operands of a product are there as well.
     block_e = min(block_d, (128 if block_d <= 128 else 64) if half else (32 if block_d <= 128 else 16))
+    options: dict[str, Any] = dict(num_warps=8 if block_d > 64 else 4, num_stages=2)
+    if first_order and half and block_d == 128 and torch.version.hip is None:
+        # Two programs a multiprocessor instead of one; the compiler's report for 9.0: 8 to 40 bytes spilled.
+        options["maxnreg"] = 128
     launch: Any = tail_pool_kernel[(batch * pools * splits, triton.cdiv(head_dim, block_e))]
     with torch.cuda.device_of(key):
         launch(
             key, value, offsets if offsets is not None else counts, keys, values, partial,
             *key.stride(), *value.stride(), *broadcast_strides(offsets),
             pools, pools // num_kv_heads, num_blocks, per_program, splits, seq_len, block_mask.kv_block_size,
-            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_E=block_e, ROWS=rows if one_tile else min(rows, limit),
-            HAS_OFFSETS=offsets is not None, ONE_TILE=one_tile, FIRST_ORDER=first_order, PRECISION="ieee",
-            num_warps=8 if block_d > 64 else 4, num_stages=2,
+            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_E=block_e, ROWS=rows,
+            HAS_OFFSETS=offsets is not None, TILES=tiles, FIRST_ORDER=first_order, PRECISION="ieee",
+            **options,
         )  # fmt: skip
     return Pools(keys, values, counts, partial.sum(2) / seq_len if first_order else None)
 
