@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vidsparse.methods.radial import RadialConfig, RadialProcessor
     from vidsparse.methods.semantic import SemanticProcessor, SVG2Processor
     from vidsparse.methods.sparse_linear import SLAProcessor, SparseLinearProcessor
+    from vidsparse.methods.svg1 import SVG1Processor
     from vidsparse.methods.vidsparse import VidsparseProcessor
     from vidsparse.processors.apply import Handle, apply
     from vidsparse.recipe import Recipe
@@ -34,6 +35,7 @@ _HOMES = {
     "Recipe": "vidsparse.recipe",
     "Report": "vidsparse.report",
     "SLAProcessor": "vidsparse.methods.sparse_linear",
+    "SVG1Processor": "vidsparse.methods.svg1",
     "SVG2Processor": "vidsparse.methods.semantic",
     "Schedule": "vidsparse.schedule",
     "SemanticProcessor": "vidsparse.methods.semantic",
@@ -56,6 +58,7 @@ __all__ = [
     "Recipe",
     "Report",
     "SLAProcessor",
+    "SVG1Processor",
     "SVG2Processor",
     "Schedule",
     "SemanticProcessor",

@@ -18,10 +18,21 @@ CALL_SECONDS = 0.15e-3
 """What a sparse call takes at least, on the host."""
 
 SELECT_CALL_SECONDS = 0.35e-3
-"""Likewise with pooling, scoring and selecting before it."""
+"""Likewise with pooling, scoring and selecting before it: a guess from their five launches, not measured."""
 
-SELECT_SHARE = 0.02
-"""Of the dense time, for pooling, scoring and selecting."""
+POOL_OVERHEAD = 0.012
+"""Pooling, scoring and selecting, as a share of a dense call (`2026-11-23-h200-block-selection.json`)."""
+
+CLUSTER_OVERHEAD = 0.14
+"""Two warm k-means iterations of 0.62 ms and the permutations of 0.22 ms, of 10.5 ms dense: 32,760 tokens, 12 heads
+(`2026-11-25-h200-clustering.json`). Longer sequences pay a smaller share."""
+
+CLUSTER_FACTOR = 3.2
+"""6.26 ms for clusters of 64 tokens (`2026-11-25-h200-variable-blocks.json`) where uniform blocks of the same density take
+1.95: twice the tiles, because clusters do not fill theirs, and the portable kernel instead of Hopper's."""
+
+TAIL_FACTOR = 1.25
+"""With the pooled tail over without (`2026-11-25-h200-pooled-tail.json`)."""
 
 LARGE_WORK = 2e11
 """FLOPs of the dense call from which on the Hopper kernel runs; the portable one below."""
@@ -49,13 +60,17 @@ class CallShape:
         return 4.0 * self.batch * self.num_heads * self.seq_len**2 * self.head_dim
 
 
-def relative_cost(shape: CallShape, density: float, selects: bool = False) -> float:
+def relative_cost(
+    shape: CallShape, density: float, *, selects: bool = False, overhead: float = 0.0, factor: float = 1.0
+) -> float:
     """Estimated time of a sparse call over that of a dense one; above 1 dense is faster.
 
     Args:
         shape: of the call.
         density: computed share of the blocks.
         selects: whether the call selects its blocks from query and key.
+        overhead: of selecting and ordering, as a share of the dense call.
+        factor: on the time of the sparse call, for padding and corrections.
     """
     dense = shape.flops / (DENSE_FLOPS * min(1.0, shape.head_dim / FULL_HEAD_DIM))
     wide = shape.head_dim >= FULL_HEAD_DIM
@@ -63,6 +78,4 @@ def relative_cost(shape: CallShape, density: float, selects: bool = False) -> fl
         share = 0.03 + (0.95 if wide else 1.1) * density
     else:
         share = 0.05 + (1.85 if wide else 1.25) * density
-    if selects:
-        return max(SELECT_CALL_SECONDS / dense, share + SELECT_SHARE)
-    return max(CALL_SECONDS / dense, share)
+    return max((SELECT_CALL_SECONDS if selects else CALL_SECONDS) / dense, share * factor + overhead)

@@ -131,12 +131,16 @@ class Parts:
         selector: for every other method.
         correction: None for plain block-sparse attention.
         density: what a selector will take, where that is known before seeing q and k.
+        overhead: estimated time of selecting and ordering, as a share of a dense call.
+        factor: estimated time of the sparse call over that of uniform blocks without a correction.
     """
 
     block_mask: BlockMask | None = None
     selector: Selector | None = None
     correction: Correction | None = None
     density: float | None = None
+    overhead: float = 0.0
+    factor: float = 1.0
 
     @property
     def is_static(self) -> bool:

@@ -12,6 +12,7 @@ import vidsparse
 from vidsparse import LatentGrid
 from vidsparse.break_even import CallShape, relative_cost
 from vidsparse.errors import DenseFallbackError
+from vidsparse.methods import processor_class
 from vidsparse_kernels import BlockMask
 from vidsparse_kernels.block_sparse_attention.sdpa import relative_cost as cost_on_cpu
 
@@ -95,4 +96,15 @@ def test_a_gpu_runs_short_sequences_dense_and_says_so():
 def test_selecting_needs_longer_sequences():
     short, long = (CallShape(1, 12, seq_len, 128) for seq_len in (6_000, 32_760))
     assert relative_cost(short, 0.2) < 1 < relative_cost(CallShape(1, 12, 5_000, 128), 0.2, selects=True)
-    assert relative_cost(long, 0.2) < relative_cost(long, 0.2, selects=True) < 0.3
+    assert relative_cost(long, 0.2) < relative_cost(long, 0.2, selects=True, overhead=0.02) < 0.3
+
+
+def test_clusters_and_a_tail_cost_more_than_blocks():
+    shape = CallShape(1, 12, 32_760, 128)
+    costs = []
+    for name in ("pooled", "semantic", "vidsparse"):
+        processor = processor_class(name)(density=0.15)
+        parts, _ = processor.parts(processor.layout(LatentGrid(21, 30, 52)), "cpu")
+        costs.append(relative_cost(shape, 0.15, selects=True, overhead=parts.overhead, factor=parts.factor))
+        assert (processor.slow_reason(parts, shape, "cuda", torch.bfloat16) is None) == (costs[-1] <= 1)
+    assert costs == sorted(costs) and costs[0] < 0.2 and 0.6 < costs[1] < costs[2] < 1

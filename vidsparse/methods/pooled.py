@@ -80,9 +80,10 @@ class PooledProcessor(SparseProcessor):
         return TokenLayout(grid, text_before, text_after, block_size=q_block_size)
 
     def parts(self, layout: TokenLayout, device: Any) -> tuple[Parts, str | None]:
+        from vidsparse.break_even import POOL_OVERHEAD
         from vidsparse.parts import Parts
         from vidsparse.selection.blocks import PooledSelector
 
         config = self.config
         selector = PooledSelector(layout, device, config.share, config.top_p, config.sink_frames)
-        return Parts(selector=selector, density=config.share), None
+        return Parts(selector=selector, density=config.share, overhead=POOL_OVERHEAD), None

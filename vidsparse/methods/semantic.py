@@ -99,6 +99,7 @@ class SemanticProcessor(SparseProcessor):
         return TokenLayout(grid, text_before, text_after, block_size=q_block_size)
 
     def parts(self, layout: TokenLayout, device: Any) -> tuple[Parts, str | None]:
+        from vidsparse.break_even import CLUSTER_FACTOR, CLUSTER_OVERHEAD
         from vidsparse.parts import Parts
         from vidsparse.selection.clusters import Clustering, ClusterSelector
 
@@ -111,7 +112,8 @@ class SemanticProcessor(SparseProcessor):
         note = None
         if most < config.k_clusters:
             note = f"{most} clusters at most, of {TOKENS_PER_CLUSTER} tokens in the mean, for grid {layout.grid}"
-        return Parts(selector=selector, density=config.share), note
+        density = config.share
+        return Parts(selector=selector, density=density, overhead=CLUSTER_OVERHEAD, factor=CLUSTER_FACTOR), note
 
 
 SVG2Processor = SemanticProcessor

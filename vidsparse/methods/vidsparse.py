@@ -64,7 +64,9 @@ class VidsparseProcessor(SemanticProcessor):
     config_class = VidsparseConfig
 
     def parts(self, layout: TokenLayout, device: Any) -> tuple[Parts, str | None]:
+        from vidsparse.break_even import TAIL_FACTOR
         from vidsparse.corrections.pooled_tail import PooledTail
 
         parts, note = super().parts(layout, device)
-        return replace(parts, correction=PooledTail(self.config.first_order)), note
+        tail = PooledTail(self.config.first_order)
+        return replace(parts, correction=tail, factor=parts.factor * TAIL_FACTOR), note

@@ -127,7 +127,8 @@ class SparseProcessor(ABC):
         mask = parts.block_mask
         if device_type == "cuda":
             density = mask.density if mask is not None else parts.density or UNKNOWN_DENSITY
-            cost = relative_cost(shape, density, selects=not parts.is_static)
+            selects = parts.selector is not None
+            cost = relative_cost(shape, density, selects=selects, overhead=parts.overhead, factor=parts.factor)
         elif device_type != "cpu":
             return None
         elif mask is None or not parts.is_static:

@@ -49,7 +49,7 @@ def linear_branch(
             `block_mask`; may overlap with it. Works with both coverages.
         eps: added to each denominator; None: what the public code of the coverage does, 1e-5 for "all", 0 for
             "non_selected". Rows without weight give 0.
-        backend: "auto", "reference" or "triton".
+        backend: "auto" (the reference, for now), "reference" or "triton".
 
     Returns:
         `[batch, seq_len_q, num_heads, head_dim]` in the dtype of `query`. Differentiable once in query, key and value
@@ -71,10 +71,12 @@ def linear_branch(
         excluded = skipped if excluded is None else excluded.union(skipped)
     if eps is None:
         eps = EPS[coverage]
-    obstacle = "needs a GPU" if backend == "auto" and query.device.type == "cpu" else _obstacle(query, excluded)
+    obstacle = _obstacle(query, excluded) if backend == "triton" else None
     if backend == "auto":
-        backend = "reference" if obstacle else "triton"
-    elif backend == "triton" and obstacle:
+        # On an H200 five of the Triton kernels' 38 tests failed (wrong gradients, values not finite, an illegal access):
+        # until they pass they run only when asked for.
+        backend = "reference"
+    elif obstacle:
         raise UnsupportedBackendError(
             f'backend "triton" {obstacle}; use backend="reference" or "auto" for this case.'
         )  # fmt: skip
