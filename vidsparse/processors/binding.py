@@ -8,10 +8,11 @@ caches put around `module.forward`, so they see whole inputs, and removing them 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -177,6 +178,30 @@ def unbind(model: Any) -> None:
         binding.detach(model)
 
 
+@dataclass
+class _Forward:
+    """What one forward of the model does in all its sparse layers.
+
+    Attributes:
+        layouts: of its calls, the longest first; most families have one.
+        shards: for each layout this rank's share under context parallelism, or None.
+        parts: for each layout what the method does; empty while no layer is sparse.
+        backend: name and reason for static masks; "auto" is settled at the call of a method that selects.
+        bias_backend: likewise for calls with a mask over keys.
+        density: of a static mask.
+    """
+
+    layouts: list[TokenLayout]
+    shards: list[Shards | None] = field(init=False)
+    parts: list[Parts] = field(default_factory=list)
+    backend: tuple[str, str | None] = ("auto", None)
+    bias_backend: tuple[str, str | None] = ("auto", None)
+    density: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.shards = [None] * len(self.layouts)
+
+
 class Binding:
     """One processor on one transformer."""
 
@@ -259,115 +284,120 @@ class Binding:
             DenseFallbackError: under `strict`, a layer would run dense, or on a slow backend, without being asked to.
         """
         arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
-        processor, run = self.processor, self.run
         if self.family.hidden_states not in arguments:
             return  # The model's own error says what is missing.
         hidden_states = _first_tensor(arguments[self.family.hidden_states])
-        grad = torch.is_grad_enabled()
-        training = grad and model.training
-        run.start_forward(self._timestep(arguments), training)
-        layouts = self._layouts(arguments, model.config)
-        layout = layouts[0]
-        device_type = hidden_states.device.type
+        training = torch.is_grad_enabled() and model.training
+        self.run.start_forward(self._timestep(arguments), training)
+        forward = _Forward(self._layouts(arguments, model.config))
+        seq_len = forward.layouts[0].seq_len
         obstacle = self.family.obstacle(arguments, model.config)
-        reasons = [self._dense_reason(layer, layout.seq_len, training) or obstacle for layer in self.layers]
+        reasons = [self._dense_reason(layer, seq_len, training) or obstacle for layer in self.layers]
         for index, path in enumerate(self.saved):
             if reasons[index] is None and _skips_scores(model.get_submodule(path)):
                 reasons[index] = SCORES_SKIPPED
-        parallel = getattr(self.layers[0], "_parallel_config", None)
-        refused = refusal(parallel, model, layout)
-        shards: list[Shards | None] = [None] * len(layouts)
-        if refused is not None:
-            reasons = [refused if reason is None else reason for reason in reasons]
-        elif parallel is not None:
-            heads = _num_heads(model.get_submodule(next(iter(self.saved))))
-            shards = [make_shards(parallel, model, each, heads, hidden_states.device) for each in layouts]
-        if processor.strict:
-            self._check_strict(reasons, layout.seq_len)
-        parts: list[Parts | None] = [None] * len(layouts)
-        backend, bias_backend, backend_reason, bias_backend_reason = "dense", "dense", None, None
-        density = 1.0
+        refused = self._share_out(forward, model, hidden_states.device)
+        reasons = [refused if reason is None else reason for reason in reasons]
+        if self.processor.strict:
+            self._check_strict(reasons, seq_len)
         if None in reasons:
-            parts = [run.parts_of(processor, each, hidden_states.device) for each in layouts]
-            parts = [
-                each if split is None or each is None else split.of_this_rank(each)
-                for each, split in zip(parts, shards, strict=True)
-            ]
-            first = parts[0]
-            assert first is not None
-            tensors = (x for x in arguments.values() if isinstance(x, torch.Tensor))
-            needs_grad = grad and any(x.requires_grad for x in (*tensors, *model.parameters()))
-            slow = None
-            if first.is_static:
-                mask = first.block_mask
-                assert mask is not None
-                density = mask.density
-                if needs_grad:
-                    from vidsparse.ops import keep_transposed_lists
-
-                    keep_transposed_lists(mask)
-                heads = shards[0].local_heads if shards[0] is not None else None
-                backend, backend_reason = self._select_backend(model, hidden_states, mask, needs_grad, heads)
-                if layout.text_len or self.family.key_mask is not None:
-                    bias_backend, bias_backend_reason = self._select_backend(
-                        model, hidden_states, mask, needs_grad, heads, bias=True
-                    )
-            if not needs_grad:
-                shape = self.call_shape(model, hidden_states, layout.seq_len)
-                slow = processor.slow_reason(first, shape, device_type, _compute_dtype(hidden_states))
-            if slow is not None:
-                reasons = [slow if reason is None else reason for reason in reasons]
-                if processor.strict:
-                    self._check_strict(reasons, layout.seq_len, slow)
+            slow = self._prepare(forward, model, arguments, hidden_states)
+            reasons = [slow if reason is None else reason for reason in reasons]
+            if self.processor.strict:
+                self._check_strict(reasons, seq_len, slow)
         self._rows = []
-        schedule = processor.recipe.schedule
+        self._bias_backend = forward.bias_backend
         for path, layer, reason in zip(self.saved, self.layers, reasons, strict=True):
-            sparse = reason is None
-            # Training and layers that never select keep nothing.
-            keeps = sparse and run.step is not None and parts[0] is not None and not parts[0].is_static
-            memory = run.memory(layer.layer_name, schedule.reuse_gib) if keeps else None
-            each_call = [
-                AttentionContext(
-                    layer_index=layer.layer_index,
-                    layer_count=len(self.layers),
-                    step_index=run.step,
-                    step_count=run.num_steps,
-                    branch=run.branch,
-                    layout=each,
-                    parts=each_parts if sparse else None,
-                    memory=memory,
-                    projection=getattr(model.get_submodule(path), PROJECTION, None),
-                    refresh_every=schedule.refresh_every,
-                    backend=backend if sparse else "auto",
-                    bias_backend=bias_backend if sparse else "auto",
-                    shards=each_shards,
-                )
-                for each, each_parts, each_shards in zip(layouts, parts, shards, strict=True)
-            ]
-            contexts = {context.num_tokens: context for context in each_call}
-            layer.context = each_call[0]
-            layer.lengths = contexts if len(contexts) > 1 else {}
-            layer.sparse, layer.called, layer.biased, layer.late_reason = sparse, False, False, None
-            layer.selection = None
-            if grad:
-                # For a replay inside the backward pass; a forward without gradients, of a teacher for instance, has none.
-                layer.recent |= contexts
-                while len(layer.recent) > MAX_MASKS * len(contexts):
-                    layer.recent.pop(next(iter(layer.recent)))
-            self._rows.append(
-                Row(
-                    layer=layer.layer_index,
-                    name=layer.layer_name,
-                    step=run.step,
-                    branch=run.branch,
-                    backend=backend if sparse else "dense",
-                    density=density if sparse else 1.0,
-                    tokens=layout.seq_len,
-                    reason=reason,
-                    backend_reason=backend_reason if sparse else None,
-                )
+            projection = getattr(model.get_submodule(path), PROJECTION, None)
+            self._hand_out(forward, layer, reason, projection)
+
+    def _share_out(self, forward: _Forward, model: Any, device: torch.device) -> str | None:
+        """Settle what each rank of context parallelism computes; a reason to run dense where that cannot be."""
+        config = getattr(self.layers[0], "_parallel_config", None)
+        refused = refusal(config, model, forward.layouts[0])
+        if config is not None and refused is None:
+            num_heads, _ = self.heads(model)
+            forward.shards = [make_shards(config, model, each, num_heads, device) for each in forward.layouts]
+        return refused
+
+    def _prepare(self, forward: _Forward, model: Any, arguments: dict[str, Any], hidden_states: Any) -> str | None:
+        """Build or find the method's parts and its backends; a reason to run dense where that is faster."""
+        device, grad = hidden_states.device, torch.is_grad_enabled()
+        forward.parts = [
+            parts if shards is None else shards.of_this_rank(parts)
+            for parts, shards in zip(
+                (self.run.parts_of(self.processor, each, device) for each in forward.layouts),
+                forward.shards,
+                strict=True,
             )
-        self._bias_backend = bias_backend, bias_backend_reason
+        ]
+        first, mask = forward.parts[0], forward.parts[0].block_mask
+        tensors = (x for x in arguments.values() if isinstance(x, torch.Tensor))
+        needs_grad = grad and any(x.requires_grad for x in (*tensors, *model.parameters()))
+        if first.is_static and mask is not None:
+            forward.density = mask.density
+            if needs_grad:
+                from vidsparse.ops import keep_transposed_lists
+
+                keep_transposed_lists(mask)
+            heads = forward.shards[0].local_heads if forward.shards[0] is not None else None
+            select = functools.partial(self._select_backend, model, hidden_states, mask, needs_grad, heads)
+            forward.backend = select()
+            if forward.layouts[0].text_len or self.family.key_mask is not None:
+                forward.bias_backend = select(bias=True)
+        if needs_grad:
+            return None
+        shape = self.call_shape(model, hidden_states, forward.layouts[0].seq_len)
+        return self.processor.slow_reason(first, shape, device.type, _compute_dtype(hidden_states))
+
+    def _hand_out(self, forward: _Forward, layer: Any, reason: str | None, projection: Any) -> None:
+        """Give a layer its contexts for this forward, and note its row for the report."""
+        run, schedule, sparse = self.run, self.processor.recipe.schedule, reason is None
+        parts = forward.parts if sparse else [None] * len(forward.layouts)
+        # Training and layers that never select keep nothing.
+        keeps = run.step is not None and parts[0] is not None and not parts[0].is_static
+        memory = run.memory(layer.layer_name, schedule.reuse_gib) if keeps else None
+        each_call = [
+            AttentionContext(
+                layer_index=layer.layer_index,
+                layer_count=len(self.layers),
+                step_index=run.step,
+                step_count=run.num_steps,
+                branch=run.branch,
+                layout=layout,
+                parts=each,
+                memory=memory,
+                projection=projection,
+                refresh_every=schedule.refresh_every,
+                backend=forward.backend[0] if sparse else "auto",
+                bias_backend=forward.bias_backend[0] if sparse else "auto",
+                shards=shards,
+            )
+            for layout, each, shards in zip(forward.layouts, parts, forward.shards, strict=True)
+        ]
+        contexts = {context.num_tokens: context for context in each_call}
+        layer.context = each_call[0]
+        layer.lengths = contexts if len(contexts) > 1 else {}
+        layer.sparse, layer.called, layer.biased, layer.late_reason = sparse, False, False, None
+        layer.selection = None
+        if torch.is_grad_enabled():
+            # For a replay inside the backward pass; a forward without gradients, of a teacher for instance, has none.
+            layer.recent |= contexts
+            while len(layer.recent) > MAX_MASKS * len(contexts):
+                layer.recent.pop(next(iter(layer.recent)))
+        self._rows.append(
+            Row(
+                layer=layer.layer_index,
+                name=layer.layer_name,
+                step=run.step,
+                branch=run.branch,
+                backend=forward.backend[0] if sparse else "dense",
+                density=forward.density if sparse else 1.0,
+                tokens=forward.layouts[0].seq_len,
+                reason=reason,
+                backend_reason=forward.backend[1] if sparse else None,
+            )
+        )
 
     def after(self, model: Any, args: tuple[Any, ...], output: Any) -> None:
         for layer, row in zip(self.layers, self._rows, strict=False):
