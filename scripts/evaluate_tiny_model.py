@@ -36,21 +36,16 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 import vidsparse
+from vidsparse.errors import ConfigError
 from vidsparse_pipelines.clips import caption, render, sample_params
 from vidsparse_pipelines.clips.checker import Checker, Scores, load_checker, score
 from vidsparse_pipelines.clips.grammar import ClipSpec, sample_split
 from vidsparse_pipelines.clips.metrics import psnr, ssim
+from vidsparse_pipelines.compare import Method, bootstrap, parse_recipe
 
 SIZES = {"small": (64, 96), "large": (96, 160)}
 OTHER_SEED = "dense, other seed"
 MAX_SHEET_BYTES = 16 * 2**20
-
-
-@dataclass(frozen=True)
-class Method:
-    label: str
-    name: str
-    options: dict[str, Any]
 
 
 @dataclass
@@ -78,19 +73,10 @@ class Clip:
 
 
 def parse_methods(text: str) -> list[Method]:
-    methods = []
-    for item in text.split(","):
-        name, *pairs = item.strip().split(":")
-        options = {}
-        for pair in pairs:
-            key, found, value = pair.partition("=")
-            if not found:
-                raise SystemExit(f"--method takes NAME:OPTION=VALUE, got {pair!r} in {item!r}")
-            try:
-                options[key] = json.loads(value)
-            except json.JSONDecodeError:
-                options[key] = value
-        methods.append(Method(item.strip(), name, options))
+    try:
+        methods = [parse_recipe(item) for item in text.split(",")]
+    except ConfigError as error:
+        raise SystemExit(f"--method: {error}") from None
     if methods[0].name != "dense":
         methods.insert(0, Method("dense", "dense", {}))  # what the others are compared with
     return methods
@@ -200,23 +186,6 @@ def to_bytes(clips: Tensor) -> Tensor:
 
 def to_unit(clips: Tensor) -> Tensor:
     return clips.float() / 127.5 - 1
-
-
-def bootstrap(values: Sequence[float], resamples: int = 2000) -> dict[str, Any]:
-    """Mean with the 95 % percentile interval over clips."""
-    if not values:
-        return {"clips": 0}
-    rng = np.random.default_rng(0)
-    data = np.asarray(values)
-    means = data[rng.integers(0, len(data), (resamples, len(data)))].mean(1)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return {
-        "clips": len(data),
-        "mean": round(float(data.mean()), 4),
-        "bootstrap95": [round(float(low), 4), round(float(high), 4)],
-        "median": round(float(np.median(data)), 4),
-        "least": round(float(data.min()), 4),
-    }
 
 
 def versions() -> dict[str, str]:
