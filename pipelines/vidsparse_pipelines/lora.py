@@ -13,6 +13,12 @@ from .weights import check_safetensors
 
 _PEFT_PREFIX = "base_model.model."
 
+EXTRA_KEY = ".lora_extra.weight"
+"""End of the keys of modules that the model itself lacks, after the module's path."""
+
+TRAINING_VERSION = 1
+"""Form of what `vidsparse train` writes into an adapter's header."""
+
 
 @dataclass(frozen=True)
 class LoraSpec:
@@ -67,6 +73,99 @@ def check_lora_files(specs: tuple[LoraSpec, ...]) -> None:
         file = find_lora_file(spec.path)
         if file is not None:
             check_safetensors(file)
+
+
+def read_training(path: str) -> dict[str, Any] | None:
+    """What `vidsparse train` wrote into an adapter's header, None for a hub id or an adapter of another trainer.
+
+    Returns:
+        `recipe` (method, settings, schedule), `num_frames` and `sizes` (height, width) of the training,
+        `num_inference_steps` and `guidance_scale` where the adapter is for these only, and more.
+
+    Raises:
+        ModelLoadError: the file is missing or broken, or was written by a later version.
+    """
+    file = find_lora_file(path)
+    if file is None:
+        return None
+    check_safetensors(file)
+    with file.open("rb") as opened:
+        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    text = header.get("__metadata__", {}).get("vidsparse")
+    if text is None:
+        return None
+    training = json.loads(text)
+    if training.get("version") != TRAINING_VERSION:
+        raise ModelLoadError(
+            f"The LoRA {path!r} was written by another version of vidsparse (format {training.get('version')!r}); "
+            "upgrade vidsparse."
+        )
+    return training
+
+
+def settings_for(
+    specs: tuple[LoraSpec, ...], given: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """How to generate with adapters: as they were trained, where the user says nothing else.
+
+    Args:
+        specs: the adapters.
+        given: settings that the user gave, by their names in `GenerateSettings`, and `size`.
+
+    Returns:
+        Settings that the user did not give, options of the sparse method, and notes for the user.
+
+    Raises:
+        ConfigError: an adapter was trained for another method or number of steps than was asked for, or two adapters
+            differ in it.
+        ModelLoadError: a file is missing or broken.
+    """
+    trained = [(spec.path, training) for spec in specs if (training := read_training(spec.path)) is not None]
+    if not trained:
+        return {}, {}, []
+    path, training = trained[0]
+    recipe = training["recipe"]
+    for other_path, other in trained[1:]:
+        for what, key in (("attention", "recipe"), ("number of steps", "num_inference_steps")):
+            if other[key] != training[key]:
+                raise ConfigError(
+                    f"The LoRAs {path!r} and {other_path!r} were trained for another {what} each; use one of them."
+                )
+    method = recipe["method"]
+    asked = given.get("sparse")
+    if asked not in (None, "dense", method):
+        raise ConfigError(
+            f"The LoRA {path!r} was trained for the attention {method!r}, not {asked!r}; leave --sparse out."
+        )
+    settings: dict[str, Any] = {"sparse": method}
+    options: dict[str, Any] = {}
+    if asked != "dense":
+        options = {k: v for k, v in recipe["config"].items() if k != "schedule"} | recipe["config"]["schedule"]
+    notes = []
+    frames, (height, width) = max(training["num_frames"]), training["sizes"][-1]
+    if given.get("num_frames") is None:
+        settings["num_frames"] = frames
+    elif str(given["num_frames"]) not in map(str, training["num_frames"]):
+        notes.append(f"The LoRA {path!r} was trained at {frames} frames.")
+    if all(given.get(name) is None for name in ("size", "height", "width")):
+        settings |= {"height": height, "width": width}
+    steps = training.get("num_inference_steps")
+    if steps is not None:
+        for name, words in (("num_inference_steps", "{:g} steps"), ("flow_shift", "a flow shift of {:g}")):
+            asked_for = given.get(name)
+            if asked_for is not None and not _equal(asked_for, training[name]):
+                made_for = words.format(training[name])
+                raise ConfigError(f"The LoRA {path!r} was trained for {made_for}, not {asked_for}.")
+        settings |= {"num_inference_steps": steps, "guidance_scale": training["guidance_scale"]}
+        settings["flow_shift"] = training["flow_shift"]
+    return {name: value for name, value in settings.items() if given.get(name) is None}, options, notes
+
+
+def _equal(typed: Any, number: float) -> bool:
+    try:
+        return float(typed) == number
+    except (TypeError, ValueError):
+        return False
 
 
 @dataclass(frozen=True)
@@ -125,6 +224,11 @@ def check_fits(state: dict[str, Any], transformer: Any, path: str) -> None:
     modules = dict(transformer.named_modules())
     found = 0
     for key in sorted(state):
+        parent = key.removeprefix("transformer.").removesuffix(EXTRA_KEY).rpartition(".")[0]
+        if key.endswith(EXTRA_KEY) and parent not in modules:
+            raise ModelLoadError(
+                f"The LoRA {path!r} does not fit this model: it adds to {parent!r}, which the model lacks."
+            )
         if not key.endswith((".lora_A.weight", ".lora_B.weight")):
             continue
         name = key.removeprefix("transformer.").rsplit(".lora_", 1)[0]
@@ -144,6 +248,31 @@ def check_fits(state: dict[str, Any], transformer: Any, path: str) -> None:
         found += 1
     if not found:
         raise ModelLoadError(f"{path!r} holds no LoRA weights for this model's transformer.")
+
+
+def few_step_scheduler(flow_shift: float) -> Any:
+    """The scheduler of few-step adapters: plain steps along the velocity, with which they were trained."""
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(shift=flow_shift)
+
+
+def _add_projections(transformer: Any, state: dict[str, Any], scale: float) -> None:
+    """Give attention modules the projections that an adapter holds beside its LoRA; the method "sla" takes them up."""
+    import torch
+
+    for key, weight in state.items():
+        if not key.endswith(EXTRA_KEY):
+            continue
+        parent, _, name = key.removeprefix("transformer.").removesuffix(EXTRA_KEY).rpartition(".")
+        attention = transformer.get_submodule(parent)
+        like = next(attention.parameters())
+        linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=like.device, dtype=torch.float32)
+        linear.weight.data.copy_(weight * scale)
+        present = getattr(attention, name, None)
+        if present is not None:
+            linear.weight.data += present.weight.data
+        setattr(attention, name, linear.requires_grad_(False))
 
 
 def load_loras(pipe: Any, specs: tuple[LoraSpec, ...]) -> None:
@@ -176,3 +305,8 @@ def load_loras(pipe: Any, specs: tuple[LoraSpec, ...]) -> None:
             pipe.unload_lora_weights()
             raise ModelLoadError(f"The LoRA {spec.path!r} does not fit this model ({_first_line(error)}).") from error
     pipe.set_adapters(names, adapter_weights=[spec.scale for spec in specs])
+    for spec, adapter in zip(specs, adapters, strict=True):
+        _add_projections(pipe.transformer, adapter.state, spec.scale)
+        training = read_training(spec.path)
+        if training is not None and training.get("num_inference_steps") is not None:
+            pipe.scheduler = few_step_scheduler(training["flow_shift"])

@@ -11,6 +11,9 @@ import typer
 
 from vidsparse import __version__
 
+from .tools import register
+from .train import train_app
+
 app = typer.Typer(
     name="vidsparse",
     help="Make videos with diffusion transformers that compute only the attention that matters.",
@@ -19,6 +22,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(train_app, name="train")
 
 _WHAT, _MODEL, _SPARSE, _MACHINE, _OUTPUT = "What to make", "Model", "Sparse attention", "Machine", "Output"
 
@@ -204,6 +209,10 @@ def generate(
     method_options = {
         name: values[name] for name in ("density", "warmup_steps", "dense_layers") if values[name] is not None
     }
+    if lora:
+        from .train import follow_adapters
+
+        given, method_options = follow_adapters(given, method_options, context.args, config)
     names = [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
     code = run(
         given,
@@ -231,3 +240,6 @@ def methods(
     from .methods import show
 
     show(name)
+
+
+register(app)
