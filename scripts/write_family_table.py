@@ -141,7 +141,16 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *map(str, TESTS)]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={report}",
+            *map(str, TESTS),
+        ]
         subprocess.run(command, cwd=ROOT, check=False)
         if not report.exists():
             sys.exit("pytest wrote no report.")
