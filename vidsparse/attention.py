@@ -37,7 +37,7 @@ def sparse_attention(
         layout, recipe: in place of a context: the tokens and the method. The mask is then made for this call; a host
             that calls often makes a context once (`make_context`).
         key_bias: fp32 `[batch | 1, num_heads | 1, seq_len]` added to the logits, -inf for keys that nobody may see
-            (padding of a prompt); not differentiated.
+            (padding of a prompt); not differentiated. For methods with a correction it may shut text tokens only.
         scale: factor on query . key, default 1 / sqrt(head_dim).
         backend: a backend of `vidsparse_kernels.block_sparse_attention`, default what the context says, else "auto".
 
@@ -104,25 +104,24 @@ def attend(
     parts = context.parts
     if parts is None:
         raise ConfigError("The context of a dense call selects no blocks; call the model's dense attention instead.")
-    backend = backend or (context.backend if key_bias is None else context.bias_backend)
     if parts.is_static:
         assert parts.block_mask is not None
+        backend = backend or (context.backend if key_bias is None else context.bias_backend)
         return _over_blocks(query, key, value, parts.block_mask, key_bias, scale, backend), None
     query, key, value = _autocast(query, key, value)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     selection = _select(query, key, context)
     query, key, value = selection.permute(query, key, value)
+    key_bias = selection.permute_bias(key_bias)
     mask, correction = selection.block_mask, parts.correction
     with_lse = correction is not None and correction.needs_lse
-    selection.backend = select_backend(
-        query,
-        key,
-        value,
-        mask,
-        key_bias=key_bias,
-        return_lse=with_lse,
-        requires_grad=torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
-    )
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if backend is not None:
+        selection.backend = backend, "asked for"
+    else:
+        selection.backend = select_backend(
+            query, key, value, mask, key_bias=key_bias, return_lse=with_lse, requires_grad=needs_grad
+        )
     result = block_sparse_attention(
         query, key, value, mask, key_bias=key_bias, scale=scale, return_lse=with_lse, backend=selection.backend[0]
     )
@@ -144,8 +143,10 @@ def _select(query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -
         return kept
     selection = _select_anew(query, key, context)
     memory.step = context.step_index
+    # What was kept for the old selection would only take the new one's room.
+    memory.drop("state")
     if context.refresh_every > 1:
-        memory.keep("selection", selection, selection.tensors())
+        memory.keep("selection", selection, selection.tensors() if parts.selector is not None else [])
     return selection
 
 

@@ -71,6 +71,15 @@ class Selection:
         key, value = permute_tokens((key, value), self.kv_order, text_before=before, text_after=after)
         return permute_tokens(query, self.q_order, text_before=before, text_after=after), key, value
 
+    def permute_bias(self, key_bias: torch.Tensor | None) -> torch.Tensor | None:
+        """A bias over keys in the order of the keys, `[batch, num_heads, seq_len]` where that differs by head."""
+        if key_bias is None or self.kv_order is None:
+            return key_bias
+        order, end = self.kv_order.long(), key_bias.shape[-1] - self.text_after
+        key_bias = key_bias.expand(*order.shape[:2], -1)
+        video = key_bias[..., self.text_before : end].gather(2, order)
+        return torch.cat([key_bias[..., : self.text_before], video, key_bias[..., end:]], -1)
+
     def restore(self, out: torch.Tensor) -> torch.Tensor:
         """The inverse of the query's order."""
         if self.q_order is None:

@@ -11,6 +11,9 @@ from vidsparse.schedule import ASKED_FOR
 MAX_ROWS = 200_000
 """Rows kept per generation (40 layers x 50 steps x 2 branches are 4,000); calls beyond are only counted."""
 
+MAX_UNSETTLED = 20_000
+"""Rows whose densities may wait on a device."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -74,14 +77,20 @@ class Report:
         import torch
 
         rows, self._unsettled = self._unsettled, []
-        densities = torch.stack([torch.as_tensor(row.density) for row in rows]).tolist()
-        for row, density in zip(rows, densities, strict=True):
-            self.add(replace(row, density=round(density, 4)))
+        by_device: dict[Any, list[Row]] = {}
+        for row in rows:
+            by_device.setdefault(torch.as_tensor(row.density).device, []).append(row)
+        for together in by_device.values():
+            densities = torch.stack([torch.as_tensor(row.density) for row in together]).tolist()
+            for row, density in zip(together, densities, strict=True):
+                self.add(replace(row, density=round(density, 4)))
 
     def add(self, row: Row) -> None:
         """Add a row, or its calls to the row that is equal but for the number of calls."""
         if not isinstance(row.density, int | float):
             self._unsettled.append(row)
+            if len(self._unsettled) >= MAX_UNSETTLED:
+                self._settle()
             return
         identity = (row.layer, row.name, row.step, row.branch, row.backend, row.density, row.tokens, row.reason)
         present = self._rows.get(identity)

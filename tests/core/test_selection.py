@@ -258,17 +258,20 @@ def test_the_budget_holds_and_is_given_back():
 def test_a_generation_reuses_per_branch_and_the_next_one_starts_anew(build_pipeline, generate):
     pipe = build_pipeline()
     handle = vidsparse.apply(pipe, "pooled", density=0.4, refresh_every=2, **ALWAYS)
-    first = generate(pipe)
-    run = handle._run
-    memories = dict(run._memories)
-    assert {branch for _, branch in memories} == {"cond", "uncond"} and len(memories) == 3 * 2
-    assert run.budget.used > 0
+    run, during = handle._run, []
+
+    def look(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        during.append((set(run._memories), run.budget.used))
+        return kwargs
+
+    first = generate(pipe, callback_on_step_end=look)
+    keys, used = during[1]
+    assert {branch for _, branch in keys} == {"cond", "uncond"} and len(keys) == 3 * 2 and used > 0
+    assert run.budget.used == 0, "after the last step nothing is kept while the video is decoded"
     assert torch.equal(generate(pipe), first), "nothing of the first video reaches the second"
     report = handle.report()
     assert report.num_sparse_calls == report.num_calls == 3 * 4 * 2
     assert report.sparse_density is not None and 0.4 <= report.sparse_density < 0.7
-    handle.reset()
-    assert run.budget.used == 0
     handle.remove()
 
 
@@ -345,3 +348,140 @@ def test_oracle_agrees_on_top_p():
     want = masked_attention_oracle(q, k, v, selection.block_mask)
     want = want[0] if isinstance(want, tuple) else want
     torch.testing.assert_close(out.double(), want.double(), atol=1e-5, rtol=1e-5)
+
+
+def one_model(name: str) -> tuple[Any, Any]:
+    from vidsparse.testing import CASES
+
+    torch.manual_seed(0)
+    return CASES[name].build().eval(), CASES[name]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", ["nothing", "state"])
+def test_samples_of_a_batch_never_meet(keep):
+    """Mochi attends sample by sample, so both samples of a batch pass through one layer in one step."""
+    model, case = one_model("Mochi")
+    both = case.inputs(2, torch.Generator().manual_seed(0))
+    both["encoder_attention_mask"][:] = both["encoder_attention_mask"][:1]
+    processor = vidsparse.PooledProcessor(density=0.3, refresh_every=2, keep=keep, **ALWAYS)
+    model.set_attn_processor(processor)
+
+    def steps(inputs: dict[str, Any]) -> torch.Tensor:
+        model._vidsparse_binding.run.reset()
+        out = []
+        for timestep in (900, 800):
+            with model.cache_context("cond_uncond"):
+                inputs["timestep"] = torch.full_like(inputs["timestep"], timestep)
+                out.append(model(**inputs, return_dict=False)[0])
+        return torch.stack(out)
+
+    together = steps(dict(both))
+    assert any("sample by sample" in note for note in processor.report().notes)
+    bare = vidsparse.PooledProcessor(density=0.3, **ALWAYS)
+    model.set_attn_processor(bare)
+    second = steps({name: value[1:] for name, value in both.items()})
+    torch.testing.assert_close(together[:, 1:], second, atol=1e-5, rtol=1e-4)
+
+
+def test_trained_projections_stay(build_transformer):
+    model = build_transformer()
+    own = torch.nn.Linear(12, 12, bias=False)
+    model.blocks[1].attn1.add_module("proj_l", own)
+    model.set_attn_processor(vidsparse.SparseLinearProcessor(**ALWAYS))
+    for block in model.blocks:
+        torch.nn.init.eye_(block.attn1.proj_l.weight)
+    model.fuse_qkv_projections()
+    model.set_attn_processor(vidsparse.SparseLinearProcessor(density=0.1, **ALWAYS))
+    assert all(float(block.attn1.proj_l.weight.detach().sum()) == 12 for block in model.blocks)
+    vidsparse.processors.binding.unbind(model)
+    assert [hasattr(block.attn1, "proj_l") for block in model.blocks] == [False, True, False]
+    assert model.blocks[1].attn1.proj_l is own
+
+
+@pytest.mark.parametrize("name", ["Kandinsky 5", "Flux 2"])
+def test_projections_on_models_with_other_names(name):
+    model, case = one_model(name)
+    model.set_attn_processor(vidsparse.SparseLinearProcessor(**ALWAYS))
+    with torch.no_grad():
+        model(**case.inputs(1, torch.Generator().manual_seed(0)), return_dict=False)
+    assert sum("proj_l" in key for key in model.state_dict()) == case.targets
+
+
+@pytest.mark.parametrize("method", ["pooled", "svg1", "semantic"])
+def test_a_mask_over_video_keys_moves_with_them(method):
+    q, k, v = tensors()
+    bias = torch.zeros(2, 1, LAYOUT.seq_len)
+    bias[0, 0, 20:120] = bias[1, 0, 200:230] = -torch.inf
+    got = attend(q, k, v, context_of(method, density=1.0), key_bias=bias)[0]
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / 4 + bias[:, :, None]
+    torch.testing.assert_close(got, torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_masked_video_and_a_tail_run_dense():
+    model, case = one_model("Allegro")
+    inputs = case.inputs(1, torch.Generator().manual_seed(0))
+    processor = vidsparse.PisaProcessor(density=0.2, **ALWAYS)
+    model.set_attn_processor(processor)
+    model(**inputs, return_dict=False)
+    if any(row.backend == "dense" for row in processor.report().rows):
+        assert any("video tokens masked" in reason for reason in processor.report().dense_calls)
+    else:
+        assert inputs.get("attention_mask") is None
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("semantic", {"first_iterations": 1, "step_iterations": 3}), ("pooled", {"refresh_every": 2, "keep": "state"})],
+)
+def test_checkpointed_gradients_in_eval_mode(build_transformer, forward, method, options):
+    model = build_transformer()
+    model.set_attn_processor(processor_class(method)(density=0.3, **options, **ALWAYS))
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        with model.cache_context("cond"):
+            out = forward(model)
+        out.square().mean().backward()
+        return model.blocks[0].attn1.to_q.weight.grad.clone()
+
+    plain = gradient()
+    model.enable_gradient_checkpointing()
+    torch.testing.assert_close(gradient(), plain)
+
+
+@torch.no_grad()
+def test_one_step_videos_are_told_apart(build_transformer, forward):
+    model = build_transformer()
+    model.set_attn_processor(vidsparse.SemanticProcessor(density=0.3, refresh_every=2, **ALWAYS))
+
+    def video(size: float) -> torch.Tensor:
+        with model.cache_context("cond"):
+            return forward(model, timestep=size)
+
+    first = video(999.0)
+    for _ in range(3):
+        assert torch.equal(video(999.0), first)
+    assert len(model._vidsparse_binding.run._memories) <= 3
+    # Without a pipeline that names branches, forwards at one timestep are not kept for ever.
+    for _ in range(12):
+        forward(model, timestep=500.0)
+    assert len(model._vidsparse_binding.run._memories) <= 3 * 5
+
+
+def test_a_refresh_needs_no_more_room_than_one_state():
+    q, k, v = tensors()
+    size = q.numel() * 4 + 2 * 2 * LAYOUT.seq_len * 4
+    budget = MemoryBudget(int(1.5 * size))
+    context = context_of("pooled", density=0.3, refresh_every=2, keep="state")
+    context = dataclasses.replace(context, memory=LayerMemory(budget), refresh_every=2)
+    dense = dense_attention(q, k, v)
+    for step in range(5):
+        torch.testing.assert_close(attend(q, k, v, at_step(context, step))[0], dense, atol=1e-5, rtol=1e-4)
+    assert budget.refused == 0
+
+
+def test_a_backend_that_is_asked_for_is_used():
+    with pytest.raises(ValueError, match="nonsense"):
+        vidsparse.sparse_attention(*tensors(), context_of("pisa"), backend="nonsense")

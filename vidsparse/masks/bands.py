@@ -59,7 +59,7 @@ def band_dense_blocks(
 
 
 def solve_band_width(layout: TokenLayout, kind: str, density: float, **options: Any) -> float:
-    """The width whose mask comes nearest to a density, by bisection between 0 and all frames."""
+    """The least width whose mask reaches a density, by bisection between 0 and all frames."""
     low, high = 0.0, float(layout.grid.frames) if kind == "spatial" else 1.0
     for _ in range(24):
         middle = (low + high) / 2

@@ -66,4 +66,10 @@ class SVG1Processor(PooledProcessor):
 
         config = self.config
         selector = BandSelector(layout, device, config.density, config.rows, config.sink_frames)
-        return Parts(selector=selector, density=config.density), None
+        reached = [mask.density for mask in selector.masks]
+        note = None
+        if max(reached) - config.density > 0.05:
+            note = (
+                f"density {config.density:g} asked for, {reached[0]:.2f} and {reached[1]:.2f} are the bands' nearest"
+            )
+        return Parts(selector=selector, density=sum(reached) / 2), note

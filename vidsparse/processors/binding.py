@@ -20,7 +20,7 @@ import torch
 from vidsparse.break_even import CallShape
 from vidsparse.errors import DenseFallbackError, UnsupportedModelError
 from vidsparse.layout import TokenLayout
-from vidsparse.parts import Parts, Selection
+from vidsparse.parts import Parts
 from vidsparse.processors.base import SparseProcessor
 from vidsparse.processors.context import MAX_MASKS, AttentionContext, RunState
 from vidsparse.processors.families import FAMILIES, Family, family_of, supported_models
@@ -122,8 +122,11 @@ def bind(processor: SparseProcessor, model: Any, *, run: RunState | None = None,
         UnsupportedModelError: the family is unknown or the model's processors are not the family's own.
     """
     family = check_model(model)
-    unbind(model)
     binding = Binding(processor, family, run or RunState(), f"{label}." if label else "")
+    earlier = vars(model).get(BINDING)
+    if earlier is not None:
+        earlier.detach(model, keep_projections=processor.has_projection)
+        binding.projections = earlier.projections if processor.has_projection else set()
     binding.attach(model)
     processor.watch(binding.run)
     return binding
@@ -189,6 +192,7 @@ class _Forward:
         backend: name and reason for static masks; "auto" is settled at the call of a method that selects.
         bias_backend: likewise for calls with a mask over keys.
         density: of a static mask.
+        keeps: whether layers may keep things for later steps.
     """
 
     layouts: list[TokenLayout]
@@ -197,6 +201,7 @@ class _Forward:
     backend: tuple[str, str | None] = ("auto", None)
     bias_backend: tuple[str, str | None] = ("auto", None)
     density: float = 1.0
+    keeps: bool = False
 
     def __post_init__(self) -> None:
         self.shards = [None] * len(self.layouts)
@@ -209,6 +214,7 @@ class Binding:
         self.processor, self.family, self.run, self.prefix = processor, family, run, prefix
         self.layers: list[Any] = []
         self.saved: dict[str, Any] = {}
+        self.projections: set[str] = set()
         self._handles: list[Any] = []
         self._parameters: tuple[str, ...] = ()
         self._rows: list[Row] = []
@@ -235,11 +241,14 @@ class Binding:
             make_layer(original, self.family, index=index, name=self.prefix + name, strict=self.processor.strict)
             for index, (name, original) in enumerate(self.saved.items())
         ]
+        if self.processor.has_projection:
+            missing = [name for name in self.saved if not hasattr(model.get_submodule(name), PROJECTION)]
+            made = [_zero_projection(model.get_submodule(name)) for name in missing]
+            for name, projection in zip(missing, made, strict=True):
+                model.get_submodule(name).add_module(PROJECTION, projection)
+            self.projections |= set(missing)
         for name, layer in zip(self.saved, self.layers, strict=True):
-            module = model.get_submodule(name)
-            _put(module, layer)
-            if self.processor.has_projection and not hasattr(module, PROJECTION):
-                module.add_module(PROJECTION, _zero_projection(module))
+            _put(model.get_submodule(name), layer)
         self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._handles = [
             model.register_forward_pre_hook(_Before(self), with_kwargs=True),
@@ -255,7 +264,8 @@ class Binding:
             model._compiled_call_impl = _AroundGraph(model, self, model._compiled_call_impl)
         setattr(model, BINDING, self)
 
-    def detach(self, model: Any) -> None:
+    def detach(self, model: Any, keep_projections: bool = False) -> None:
+        """Take everything off again, but for projections that a next binding will use."""
         for name, layer in zip(self.saved, self.layers, strict=True):
             module = model.get_submodule(name)
             # What the user set in between stays.
@@ -267,9 +277,10 @@ class Binding:
                 _put(module, original)
             layer.context = None
             layer.lengths.clear()
-            if self.processor.has_projection and hasattr(module, PROJECTION):
-                delattr(module, PROJECTION)
             layer.recent.clear()
+            if name in self.projections and not keep_projections and hasattr(module, PROJECTION):
+                delattr(module, PROJECTION)
+        self.run.forget()
         for handle in self._handles:
             handle.remove()
         for attribute in ("cache_context", "compile", *REPLACE_PROCESSORS, BINDING):
@@ -326,7 +337,7 @@ class Binding:
         forward.parts = [
             parts if shards is None else shards.of_this_rank(parts)
             for parts, shards in zip(
-                (self.run.parts_of(self.processor, each, device) for each in forward.layouts),
+                (self.run.parts_of(self.processor, each, device, len(forward.layouts)) for each in forward.layouts),
                 forward.shards,
                 strict=True,
             )
@@ -345,6 +356,11 @@ class Binding:
             forward.backend = select()
             if forward.layouts[0].text_len or self.family.key_mask is not None:
                 forward.bias_backend = select(bias=True)
+        # Training keeps nothing: a replay would see what its own forward left. Nor may samples of one batch meet.
+        alone = not self.family.per_sample or hidden_states.shape[0] == 1
+        forward.keeps = alone and not needs_grad and self.run.may_keep(model.training)
+        if not alone and not first.is_static:
+            self.run.report.note(f"{self.family.name} attends sample by sample: nothing is kept from step to step")
         if needs_grad:
             return None
         shape = self.call_shape(model, hidden_states, forward.layouts[0].seq_len)
@@ -354,8 +370,7 @@ class Binding:
         """Give a layer its contexts for this forward, and note its row for the report."""
         run, schedule, sparse = self.run, self.processor.recipe.schedule, reason is None
         parts = forward.parts if sparse else [None] * len(forward.layouts)
-        # Training and layers that never select keep nothing.
-        keeps = run.step is not None and parts[0] is not None and not parts[0].is_static
+        keeps = forward.keeps and parts[0] is not None and not parts[0].is_static
         memory = run.memory(layer.layer_name, schedule.reuse_gib) if keeps else None
         each_call = [
             AttentionContext(
@@ -379,7 +394,7 @@ class Binding:
         layer.context = each_call[0]
         layer.lengths = contexts if len(contexts) > 1 else {}
         layer.sparse, layer.called, layer.biased, layer.late_reason = sparse, False, False, None
-        layer.selection = None
+        layer.selected = None
         if torch.is_grad_enabled():
             # For a replay inside the backward pass; a forward without gradients, of a teacher for instance, has none.
             layer.recent |= contexts
@@ -405,10 +420,13 @@ class Binding:
                 continue
             if layer.late_reason is not None:
                 row = Row(row.layer, row.name, row.step, row.branch, "dense", 1.0, row.tokens, layer.late_reason)
-            elif layer.selection is not None:
-                row = self._selected_row(row, layer.selection)
+            elif layer.selected is not None:
+                backend, backend_reason, density = layer.selected
+                self._check_fast(backend, backend_reason, layer.device_type)
+                row = replace(row, backend=backend, backend_reason=backend_reason, density=density)
             elif layer.biased and row.reason is None:
                 backend, backend_reason = self._bias_backend
+                self._check_fast(backend, backend_reason, layer.device_type)
                 row = replace(row, backend=backend, backend_reason=backend_reason)
             self.run.report.add(row)
         if self.run.budget.refused:
@@ -417,15 +435,19 @@ class Binding:
                 f"({self.processor.recipe.schedule.reuse_gib:g}) has no more room"
             )
         self._rows = []
+        if self.run.is_last_step:
+            # What was kept serves nobody any more; the video is still to be decoded.
+            self.run.forget(self.run.branch)
 
-    def _selected_row(self, row: Row, selection: Selection) -> Row:
-        """The row of a call whose blocks were selected from query and key."""
-        backend, reason = selection.backend or (row.backend, None)
-        if selection.block_mask.device.type == "cuda" and backend not in FAST_ON_CUDA:
-            self.run.report.note(f'slow backend "{backend}" on cuda: {reason}')
-        return replace(
-            row, backend=backend, backend_reason=reason, density=1.0 if selection.exact else selection.density
-        )
+    def _check_fast(self, backend: str, reason: str | None, device_type: str) -> None:
+        """Note a slow backend on a GPU; under `strict` raise."""
+        if device_type != "cuda" or backend in FAST_ON_CUDA:
+            return
+        self.run.report.note(f'slow backend "{backend}" on {device_type}: {reason}')
+        if self.processor.strict:
+            raise DenseFallbackError(
+                f'Sparse attention would run on the slow backend "{backend}" ({reason}); turn off `strict` to allow it.'
+            )
 
     def _timestep(self, arguments: dict[str, Any]) -> Any:
         """The timestep of this forward, falling from step to step."""
@@ -480,20 +502,14 @@ class Binding:
         probe = torch.empty((1, 1, 1, 1), dtype=dtype, device=device).expand(shape)
         key_bias = torch.empty((1, 1, 1), device=device).expand(1, 1, mask.seq_len_kv) if bias else None
         name, reason = select_backend(probe, probe, probe, mask, key_bias=key_bias, requires_grad=needs_grad)
-        if bias:
-            return name, reason  # Whether a mask over keys comes is known only at the call.
-        if device.type == "cuda" and name not in FAST_ON_CUDA:
-            self.run.report.note(f'slow backend "{name}" on {device.type}: {reason}')
-            if self.processor.strict:
-                raise DenseFallbackError(
-                    f'Sparse attention would run on the slow backend "{name}" ({reason}); turn off `strict` to allow it.'
-                )
+        if not bias:  # Whether a mask over keys comes is known only at the call.
+            self._check_fast(name, reason, device.type)
         return name, reason
 
 
 def _zero_projection(attention: Any) -> torch.nn.Linear:
     """The projection of a linear branch: without bias, shared by the heads, zero until it is trained (SLA, section 4.2)."""
-    weight = attention.to_q.weight
+    weight = next(attention.parameters())
     dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else torch.float32
     linear = torch.nn.Linear(_head_dim(attention), _head_dim(attention), bias=False, device=weight.device, dtype=dtype)
     torch.nn.init.zeros_(linear.weight)
@@ -570,7 +586,7 @@ class _Rebind:
         self.model, self.binding, self.method = model, binding, method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.binding.detach(self.model)
+        self.binding.detach(self.model, keep_projections=True)
         try:
             return getattr(type(self.model), self.method)(self.model, *args, **kwargs)
         finally:

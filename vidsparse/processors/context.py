@@ -16,6 +16,9 @@ from vidsparse.report import Report
 if TYPE_CHECKING:
     from vidsparse.processors.base import SparseProcessor
 
+MAX_CALLS = 4
+"""Forwards at one timestep that can be guidance branches where no pipeline names them."""
+
 MAX_MASKS = 4
 """Layouts whose masks are kept; training on mixed lengths comes back to the same few."""
 
@@ -88,14 +91,26 @@ class RunState:
         self._entries: dict[str, int] = {}
         self._last_timestep: float | None = None
         self._calls_at_timestep = 0
+        self._branches: set[str] = set()
         self._starting = True
         self.forget()
 
-    def forget(self) -> None:
-        """Drop what layers kept: nothing of one video reaches the next."""
-        for memory in self._memories.values():
-            memory.clear()
-        self._memories.clear()
+    def forget(self, branch: str | None = None) -> None:
+        """Drop what layers kept, of one branch or of all: nothing of one video reaches the next."""
+        for name, of in list(self._memories):
+            if branch is None or of == branch:
+                self._memories.pop((name, of)).clear()
+        self.budget.refused = 0
+
+    @property
+    def is_last_step(self) -> bool:
+        return self.step is not None and self.num_steps is not None and self.step >= self.num_steps - 1
+
+    def may_keep(self, training: bool) -> bool:
+        """Whether this forward belongs to a generation whose steps can be told apart."""
+        if self.step is None or (training and not self._in_context):
+            return False
+        return self._in_context or self._calls_at_timestep <= MAX_CALLS
 
     def enter(self, branch: str, step_index: int | None, num_steps: int | None) -> None:
         """The pipeline opened a cache context for one forward; older diffusers give no index, so entries are counted."""
@@ -145,7 +160,8 @@ class RunState:
             return
         # Image-to-video with a timestep per token has 0 on the given frame, so the largest is the true one.
         value = float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep)
-        if self._last_timestep is not None and value > self._last_timestep:
+        again = self._in_context and value == self._last_timestep and self.branch in self._branches
+        if again or (self._last_timestep is not None and value > self._last_timestep):
             branch, counted, in_context = self.branch, self._counted, self._in_context
             self.reset()
             if in_context and branch is not None:
@@ -157,13 +173,19 @@ class RunState:
                 self._calls_at_timestep = 0
             self.branch = f"call {self._calls_at_timestep}"
             self._calls_at_timestep += 1
+        if value != self._last_timestep:
+            self._branches.clear()
+        if self.branch is not None:
+            self._branches.add(self.branch)
         self._last_timestep = value
 
-    def parts_of(self, processor: SparseProcessor, layout: TokenLayout, device: torch.device) -> Parts:
-        """The method on a layout, its static mask built once per layout and device."""
+    def parts_of(
+        self, processor: SparseProcessor, layout: TokenLayout, device: torch.device, layouts: int = 1
+    ) -> Parts:
+        """The method on a layout, its static mask built once per layout and device; `layouts` of them in one forward."""
         where = (layout, str(device))
         if where not in self.parts:
-            while len(self.parts) >= MAX_MASKS:
+            while len(self.parts) >= max(MAX_MASKS, layouts):
                 self.parts.pop(next(iter(self.parts)))
             # A mask made in inference mode could not be saved for a backward pass later.
             with torch.inference_mode(False):

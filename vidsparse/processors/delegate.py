@@ -18,13 +18,13 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from vidsparse.attention import attend
 from vidsparse.errors import DenseFallbackError, UnboundProcessorError, UnsupportedModelError
-from vidsparse.parts import Selection
 from vidsparse.processors.context import AttentionContext
 from vidsparse.processors.families import Family
 from vidsparse.processors.fused import fused_form
 from vidsparse.processors.parallel import attend_over_ranks
 
 ATTENTION_MASK = "attention mask that is not one per key"
+MASKED_VIDEO = "video tokens masked, which a correction for dropped blocks does not see"
 CAUSAL = "causal attention asked for"
 DROPOUT = "attention dropout asked for"
 LENGTH = "a number of tokens that the model's input does not explain"
@@ -53,7 +53,8 @@ class LayerProcessor:
     biased: bool
     late_reason: str | None
     recent: dict[int, AttentionContext]
-    selection: Selection | None
+    selected: tuple[str, str, Any] | None
+    device_type: str
     key_mask: Callable[[torch.Tensor], torch.Tensor] | None
     pairwise_mask: bool
     handle: torch.Tensor
@@ -179,8 +180,10 @@ class LayerProcessor:
             # What selects from query and key keeps state between steps: one opaque call in the graph.
             return _attend_layer(query, key, value, key_bias, self.handle, scale)
         out, selection = attend(query, key, value, context, key_bias=key_bias, scale=scale)
-        if selection is not None:
-            self.selection = selection
+        self.device_type = query.device.type
+        if selection is not None and selection.backend is not None:
+            # Not the selection itself, which would keep the lists of all layers until the next forward.
+            self.selected = (*selection.backend, 1.0 if selection.exact else selection.density)
         return out
 
     def _finds_length_at_run_time(self) -> bool:
@@ -208,6 +211,14 @@ class LayerProcessor:
             # A second attention of the same module, over image or adapter tokens: always exact, never counted.
             return None
         obstacle = _obstacle(self._over_keys(attn_mask), is_causal, dropout_p) if sparse else None
+        if (
+            sparse
+            and attn_mask is not None
+            and self.key_mask is not None
+            and context.parts
+            and context.parts.correction
+        ):
+            obstacle = MASKED_VIDEO
         if sparse and not torch.compiler.is_compiling() and query.shape[1] != context.num_tokens:
             obstacle = LENGTH
         if obstacle is not None:
@@ -339,7 +350,8 @@ def make_layer(original: Any, family: Family, *, index: int, name: str, strict: 
     layer = _restore(family.processor_class(type(original)), dict(vars(original)))
     layer.layer_index, layer.layer_name, layer.strict = index, name, strict
     layer.sparse, layer.called, layer.biased, layer.late_reason = False, False, False, None
-    layer.context, layer.lengths, layer.recent, layer.selection = None, {}, {}, None
+    layer.context, layer.lengths, layer.recent, layer.selected = None, {}, {}, None
+    layer.device_type = "cpu"
     layer.key_mask, layer.pairwise_mask = family.key_mask, family.pairwise_mask
     layer._attention_backend = getattr(original, "_attention_backend", None)
     if hasattr(original, "_parallel_config"):
@@ -352,7 +364,7 @@ def _restore(base: type, state: dict[str, Any]) -> Any:
     cls = delegate_class(base)
     layer: Any = object.__new__(cls)
     layer.__dict__.update(state)
-    layer.handle = torch.tensor(next(_HANDLES))
+    layer.handle = torch.tensor(next(_HANDLES), device="cpu")
     _LAYERS[int(layer.handle)] = layer
     return layer
 
@@ -375,6 +387,16 @@ def _attend_layer(
     context = layer.lengths.get(query.shape[1], layer.context)
     assert context is not None
     return layer._attend_here(query, key, value, context, key_bias, scale).contiguous()
+
+
+def _no_backward(ctx: Any, grad: torch.Tensor) -> None:
+    raise DenseFallbackError(
+        "Methods that select from query and key cannot be trained under torch.compile; train without it, or with a static "
+        "method such as radial."
+    )
+
+
+_attend_layer.register_autograd(_no_backward)
 
 
 @_attend_layer.register_fake

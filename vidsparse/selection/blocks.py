@@ -83,9 +83,10 @@ class PooledSelector:
             q_pooled, k_pooled = pool_blocks(query, q_size)["mean"], pool_blocks(key, kv_size)["mean"]
             scores = score_blocks(q_pooled, k_pooled)
         else:
-            generator = torch.Generator().manual_seed(self.random_seed * 10_007 + context.layer_index)
+            # Drawn on the device of the calls, so that nothing is copied to it.
+            generator = torch.Generator(query.device).manual_seed(self.random_seed * 10_007 + context.layer_index)
             blocks = [-(-query.shape[1] // size) for size in self.sizes]
-            scores = torch.randn(1, query.shape[2], *blocks, generator=generator).to(query.device)
+            scores = torch.randn(1, query.shape[2], *blocks, generator=generator, device=query.device)
         forced, most = self._forced
         mask = select_blocks(
             scores,

@@ -73,6 +73,7 @@ class Family:
         refused: names of processor classes that cannot be taken over, with the sentence that says why.
         obstacle: (arguments, config) -> why this forward must stay dense, or None.
         key_mask: attention mask as the family's processor passes it -> the same where that can be one per key.
+        per_sample: one attention call for each sample of a batch.
         pairwise_mask: masks over pairs of tokens have one row for all video tokens; the text comes first.
         hidden_states: name of the forward's argument that tells batch size, device and dtype of attention.
         timestep: name of the forward's timestep argument.
@@ -88,6 +89,7 @@ class Family:
     refused: Mapping[str, str] = field(default_factory=dict)
     obstacle: Callable[[Arguments, Any], str | None] = no_obstacle
     key_mask: Callable[[torch.Tensor], torch.Tensor] | None = None
+    per_sample: bool = False
     pairwise_mask: bool = False
     hidden_states: str = "hidden_states"
     timestep: str = "timestep"

@@ -23,4 +23,5 @@ MOCHI = Family(
     is_target=path_ends_in("attn1"),
     grid=video_grid,
     text=_text,
+    per_sample=True,
 )
