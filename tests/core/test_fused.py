@@ -124,6 +124,8 @@ def test_a_sparse_layer_is_fused_too(calls: list[str], monkeypatch: pytest.Monke
     with torch.no_grad():
         got = run(model, inputs)
         assert len(calls) == FAMILIES["Wan"] and processor.report().num_sparse_calls == FAMILIES["Wan"]
+        note = f"qk-norm and rotary embedding in one kernel in {FAMILIES['Wan']} layers"
+        assert note in processor.report().notes
         monkeypatch.setattr(fused, "_has_kernel", lambda device: False)
         assert relative(got, run(model, inputs)) < 2e-6
     assert len(calls) == FAMILIES["Wan"]

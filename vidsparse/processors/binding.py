@@ -429,6 +429,9 @@ class Binding:
                 self._check_fast(backend, backend_reason, layer.device_type)
                 row = replace(row, backend=backend, backend_reason=backend_reason)
             self.run.report.add(row)
+        fused = sum(layer.fuses for layer in self.layers)
+        if fused:
+            self.run.report.note(f"qk-norm and rotary embedding in one kernel in {fused} layers")
         if self.run.budget.refused:
             self.run.report.note(
                 "some layers kept nothing for later steps, because `reuse_gib` "

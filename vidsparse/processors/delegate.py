@@ -51,6 +51,7 @@ class LayerProcessor:
     lengths: dict[int, AttentionContext]
     called: bool
     biased: bool
+    fuses: bool
     late_reason: str | None
     recent: dict[int, AttentionContext]
     selected: tuple[str, str, Any] | None
@@ -350,6 +351,7 @@ def make_layer(original: Any, family: Family, *, index: int, name: str, strict: 
     layer = _restore(family.processor_class(type(original)), dict(vars(original)))
     layer.layer_index, layer.layer_name, layer.strict = index, name, strict
     layer.sparse, layer.called, layer.biased, layer.late_reason = False, False, False, None
+    layer.fuses = False
     layer.context, layer.lengths, layer.recent, layer.selected = None, {}, {}, None
     layer.device_type = "cpu"
     layer.key_mask, layer.pairwise_mask = family.key_mask, family.pairwise_mask

@@ -37,9 +37,12 @@ def fused_form(call: types.FunctionType) -> Callable[..., Any] | None:
         return None
 
     def fused(layer: Any, attn: Any, hidden_states: Any, encoder_hidden_states: Any, *arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or not _is_usual(hidden_states, encoder_hidden_states):
+        if torch.compiler.is_compiling():
             return None
-        return form(layer, attn, hidden_states, encoder_hidden_states, *arguments)
+        usual = _is_usual(hidden_states, encoder_hidden_states)
+        out = form(layer, attn, hidden_states, encoder_hidden_states, *arguments) if usual else None
+        layer.fuses = out is not None
+        return out
 
     return fused
 
