@@ -17,6 +17,7 @@ from .linear_branch import linear_branch
 from .permutation import permute_tokens, unpermute_tokens
 from .pooled_tail import Pools, pool_for_tail, pooled_tail_attention, pooled_tail_merge_
 from .qk_norm_rope import qk_norm_rope, qk_norm_rope_pair
+from .sampled_error import sampled_error
 
 __all__ = [
     "BlockMask",
@@ -38,6 +39,7 @@ __all__ = [
     "pooled_tail_merge_",
     "qk_norm_rope",
     "qk_norm_rope_pair",
+    "sampled_error",
     "score_blocks",
     "select_backend",
     "select_block_lists",
