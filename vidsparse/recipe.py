@@ -13,6 +13,9 @@ from vidsparse.schedule import Schedule
 
 VERSION = 1
 
+TUNED_RANGE = (0.5, 2.0)
+"""Video tokens that a tuned recipe serves, as shares of those it was tuned on."""
+
 
 @dataclass(frozen=True)
 class TunedFor:
@@ -22,11 +25,26 @@ class TunedFor:
         model: hub id or name of the model.
         grid: latent grid of the video.
         num_steps: denoising steps.
+        device: name of the device whose times were weighed.
+        psnr: against dense, mean over the clips it was tuned on, in dB.
     """
 
     model: str | None = None
     grid: LatentGrid | None = None
     num_steps: int | None = None
+    device: str | None = None
+    psnr: float | None = None
+
+    def check_grid(self, grid: LatentGrid) -> None:
+        """Raise ConfigError where a video is so much shorter, longer, smaller or larger that the recipe says nothing of it."""
+        if self.grid is None:
+            return
+        low, high = (round(self.grid.num_tokens * share) for share in TUNED_RANGE)
+        if not low <= grid.num_tokens <= high:
+            raise ConfigError(
+                f"The recipe was tuned for {low:,} to {high:,} video tokens (grid {self.grid}), this video has "
+                f"{grid.num_tokens:,} (grid {grid}); choose another size or length, or tune a recipe for it."
+            )
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ WARMUP = "warm-up step"
 COOLDOWN = "cool-down step"
 DENSE_LAYER = "dense layer"
 METHOD_DENSE = "method dense"
+BY_RECIPE = "dense in the recipe"
 SHORT = "sequence below min_tokens"
 UNKNOWN_STEP = "step unknown"
 UNKNOWN_COUNT = f"number of steps unknown: {ASSUMED_WARMUP_STEPS} warm-up steps assumed"
 
-ASKED_FOR = frozenset({WARMUP, COOLDOWN, DENSE_LAYER, METHOD_DENSE})
+ASKED_FOR = frozenset({WARMUP, COOLDOWN, DENSE_LAYER, METHOD_DENSE, BY_RECIPE})
 """Reasons that a recipe asks for; any other reason to run dense is a fallback and raises under `strict`."""
 
 

@@ -14,6 +14,7 @@ from vidsparse.methods.random import RandomConfig, RandomProcessor
 from vidsparse.methods.semantic import SemanticConfig, SemanticProcessor
 from vidsparse.methods.sparse_linear import SparseLinearConfig, SparseLinearProcessor
 from vidsparse.methods.svg1 import SVG1Config, SVG1Processor
+from vidsparse.methods.tuned import TunedConfig, TunedProcessor
 from vidsparse.methods.vidsparse import VidsparseConfig, VidsparseProcessor
 from vidsparse.schedule import Schedule
 
@@ -30,6 +31,7 @@ PROCESSORS: dict[str, type[SparseProcessor]] = {
     "pooled": PooledProcessor,
     "random": RandomProcessor,
     "dense": DenseProcessor,
+    "tuned": TunedProcessor,
 }
 
 
@@ -73,6 +75,8 @@ __all__ = [
     "SemanticProcessor",
     "SparseLinearConfig",
     "SparseLinearProcessor",
+    "TunedConfig",
+    "TunedProcessor",
     "VidsparseConfig",
     "VidsparseProcessor",
     "method_options",

@@ -28,6 +28,7 @@ class SVG1Config:
             Where a band cannot go that low its narrowest form is taken.
         rows: query rows sampled to judge a head, at least 1; default 64.
         sink_frames: first latent frames that every query sees, default 1.
+        kind: "spatial" or "temporal" for every head; default None: asked for each head in every step.
         schedule: dense steps and layers; default a quarter of the steps and the first layer.
 
     Raises:
@@ -37,6 +38,7 @@ class SVG1Config:
     density: float = 0.3
     rows: int = 64
     sink_frames: int = 1
+    kind: str | None = None
     schedule: Schedule = field(default_factory=lambda: Schedule(dense_layers=1))
 
     def __post_init__(self) -> None:
@@ -45,6 +47,12 @@ class SVG1Config:
             value = getattr(self, name)
             if not is_whole(value) or value < least:
                 raise ConfigError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+        if self.kind is None:
+            return
+        from vidsparse.masks.bands import KINDS
+
+        if self.kind not in KINDS:
+            raise ConfigError(f"`kind` must be one of {', '.join(KINDS)}, got {self.kind!r}.")
 
 
 class SVG1Processor(PooledProcessor):
@@ -61,6 +69,7 @@ class SVG1Processor(PooledProcessor):
     config_class = SVG1Config
 
     def parts(self, layout: TokenLayout, device: Any) -> tuple[Parts, str | None]:
+        from vidsparse.masks.bands import KINDS
         from vidsparse.parts import Parts
         from vidsparse.selection.bands import BandSelector
 
@@ -72,4 +81,6 @@ class SVG1Processor(PooledProcessor):
             note = (
                 f"density {config.density:g} asked for, {reached[0]:.2f} and {reached[1]:.2f} are the bands' nearest"
             )
+        if config.kind is not None:
+            return Parts(selector.masks[KINDS.index(config.kind)]), note
         return Parts(selector=selector, density=sum(reached) / 2), note

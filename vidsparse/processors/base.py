@@ -109,6 +109,12 @@ class SparseProcessor(ABC):
         """What ran in the last (or current) generation, over all models this processor is bound to."""
         return Report.merged(run.report for ref in self._runs if (run := ref()) is not None)
 
+    def dense_reason(
+        self, step_index: int | None, num_steps: int | None, layer_index: int, seq_len: int
+    ) -> str | None:
+        """Why one attention call runs dense by the recipe, or None; arguments as for `Schedule.dense_reason`."""
+        return self.recipe.schedule.dense_reason(step_index, num_steps, layer_index, seq_len)
+
     def slow_reason(
         self, parts: Parts, shape: CallShape, device_type: str, dtype: torch.dtype | None = None
     ) -> str | None:

@@ -471,7 +471,7 @@ class Binding:
         schedule, run = self.processor.recipe.schedule, self.run
         if run.step is None and not training and (schedule.warmup_steps != 0 or schedule.cooldown_steps):
             return UNKNOWN_STEP
-        return schedule.dense_reason(run.step, run.num_steps, layer.layer_index, seq_len)
+        return self.processor.dense_reason(run.step, run.num_steps, layer.layer_index, seq_len)
 
     def call_shape(self, model: Any, hidden_states: Any, seq_len: int) -> CallShape:
         num_heads, head_dim = self.heads(model)
