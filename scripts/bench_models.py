@@ -1,13 +1,14 @@
 """Time transformer blocks and whole forwards of real models at their true sizes, stock beside sparse, in one run.
 
     python scripts/bench_models.py --output models.json
-    python scripts/bench_models.py --cases wan-14b-720p81,flux-4096 --compile --output models.json
+    python scripts/bench_models.py --cases wan-14b-720p81,flux-4096 --seconds 150 --output models.json
 
 Weights are random, in bf16, and one block of each kind stands for all (its module is called as often as the model has
 such blocks), so the memory is that of a small model and the time that of the real one. "stock" is the model as diffusers
-gives it, "cuDNN" the same with the fastest dense kernel of an H200. A sparse row counts everything inside a block; the
-mask of a static method is made once per shape and its seconds stand beside it. Dense steps and layers are off: a row says
-what one sparse step costs.
+gives it. Each variant runs eager and with its blocks compiled one by one (what `compile_repeated_blocks` does), so
+compiled is to be compared with compiled. A row counts everything inside a block; making the mask of a static method is
+timed apart (`mask_s`), and `video_speedup` counts it once in 50 steps of two guidance branches. Dense steps and layers
+are off: a row says what one sparse step costs. What would not end within `--seconds` is left out, and said.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -136,59 +138,78 @@ def flux_inputs(side: int) -> Callable[[torch.device], dict[str, Any]]:
     return inputs
 
 
+def tiny() -> Any:
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=64, ffn_dim=128, num_layers=1, text_dim=4096
+    )
+
+
 WAN_1B, WAN_14B = {"blocks": 30}, {"blocks": 40}
 TWO = {"transformer_blocks": 20, "single_transformer_blocks": 40}
 FLUX_BLOCKS = {"transformer_blocks": 19, "single_transformer_blocks": 38}
 IMAGE = ("pooled", {"density": 0.2})
+TINY = "tiny"
+"""Case that shows on a CPU that the script runs."""
 CASES: dict[str, Case] = {
-    "wan-1.3b-480p81": Case(wan(12, 8960), wan_inputs(21, 30, 52), WAN_1B, RADIAL_WAN),
-    "wan-1.3b-720p81": Case(wan(12, 8960), wan_inputs(21, 45, 80), WAN_1B, RADIAL_WAN),
-    "wan-1.3b-720p321": Case(wan(12, 8960), wan_inputs(81, 45, 80), WAN_1B, RADIAL_WAN),
-    "wan-14b-480p81": Case(wan(40, 13824), wan_inputs(21, 30, 52), WAN_14B, RADIAL_WAN),
     "wan-14b-720p81": Case(wan(40, 13824), wan_inputs(21, 45, 80), WAN_14B, RADIAL_WAN),
     "wan-14b-720p321": Case(wan(40, 13824), wan_inputs(81, 45, 80), WAN_14B, RADIAL_WAN),
+    "wan-1.3b-480p81": Case(wan(12, 8960), wan_inputs(21, 30, 52), WAN_1B, RADIAL_WAN),
+    "wan-14b-480p81": Case(wan(40, 13824), wan_inputs(21, 30, 52), WAN_14B, RADIAL_WAN),
     "hunyuan-720p129": Case(hunyuan, hunyuan_inputs, TWO, RADIAL_HUNYUAN),
     "cogvideox1.5-81": Case(cogvideox, cogvideox_inputs, {"transformer_blocks": 42}, None),
     "flux-1024": Case(flux, flux_inputs(64), FLUX_BLOCKS, None, IMAGE),
     "flux-4096": Case(flux, flux_inputs(256), FLUX_BLOCKS, None, IMAGE),
+    "wan-1.3b-720p81": Case(wan(12, 8960), wan_inputs(21, 45, 80), WAN_1B, RADIAL_WAN),
+    "wan-1.3b-720p321": Case(wan(12, 8960), wan_inputs(81, 45, 80), WAN_1B, RADIAL_WAN),
+    TINY: Case(tiny, wan_inputs(5, 8, 10), {"blocks": 3}, ("radial", {"block_size": 16})),
 }
 
 
-def main() -> int:
+FORWARDS = 100
+"""Of a generation with 50 steps and two guidance branches."""
+
+COMPILE_SECONDS = 20.0
+"""Kept back for compiling a block, from experience."""
+
+
+def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--cases", default=",".join(CASES), help="comma-separated, of " + ", ".join(CASES))
-    parser.add_argument("--compile", action="store_true", help="with torch.compile of the repeated blocks as well")
-    parser.add_argument("--forward-seconds", type=float, default=30.0, help="no whole forward that would take longer")
-    parser.add_argument("--seconds", type=float, default=500.0, help="start no further case after this time")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("This benchmark needs a CUDA GPU.", file=sys.stderr)
+    cases = ",".join(name for name in CASES if name != TINY)
+    parser.add_argument("--cases", default=cases, help="comma-separated, most important first, of " + ", ".join(CASES))
+    parser.add_argument("--eager-only", action="store_true", help="without torch.compile")
+    parser.add_argument("--backend", default="inductor", help="backend of torch.compile")
+    parser.add_argument("--device", default="cuda", help="only the case tiny is for a CPU")
+    parser.add_argument("--forward-seconds", type=float, default=13.0, help="no whole forward that would take longer")
+    parser.add_argument("--seconds", type=float, default=500.0, help="end within this time")
+    arguments = parser.parse_args(given)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("This benchmark needs a CUDA GPU; --device cpu --cases tiny shows that it runs.", file=sys.stderr)
         return 2
     result: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
+        "command": "python scripts/bench_models.py " + " ".join(given if given is not None else sys.argv[1:]),
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU",
+        "versions": {"torch": torch.__version__, "diffusers": version("diffusers"), "triton": version("triton")},
         "commit": os.environ.get("VIDSPARSE_COMMIT", "unknown"),
         "rows": [],
     }
-    started = time.monotonic()
+    deadline = time.monotonic() + arguments.seconds
     for name in arguments.cases.split(","):
-        if time.monotonic() - started > arguments.seconds:
-            print(f"{name}: not started, {arguments.seconds:g} s are over")
-            continue
-        for row in run_case(name, CASES[name], arguments):
+        for row in run_case(name, CASES[name], arguments, deadline):
             result["rows"].append(row)
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
             if arguments.output:
                 arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-        torch.cuda.empty_cache()
+        if arguments.device == "cuda":
+            torch.cuda.empty_cache()
     return 0
 
 
-@torch.no_grad()
-def run_case(name: str, case: Case, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    device = torch.device("cuda")
+def build(case: Case, device: torch.device) -> Any:
+    """The model with random weights in bf16, but for what diffusers keeps in fp32."""
     torch.manual_seed(0)
     with device:
         model = case.build().eval()
@@ -197,114 +218,161 @@ def run_case(name: str, case: Case, arguments: argparse.Namespace) -> Iterator[d
         parameter.data.normal_(std=0.02)
         if not any(name in path for name in kept):
             parameter.data = parameter.data.to(torch.bfloat16)
-    inputs = case.inputs(device)
-    variants: list[tuple[str, str | None, tuple[str, dict[str, Any]] | None]] = [
-        ("stock", None, None),
-        ("cuDNN", "_native_cudnn", None),
-        ("density 0.2", None, case.sparse),
-    ]
+    return model
+
+
+@torch.no_grad()
+def run_case(name: str, case: Case, arguments: argparse.Namespace, deadline: float) -> Iterator[dict[str, Any]]:
+    """The rows of one case: stock, at density 0.2 and as published, first eager and then compiled."""
+    variants: list[tuple[str, tuple[str, dict[str, Any]] | None]] = [("stock", None), ("density 0.2", case.sparse)]
     if case.published is not None:
-        variants.append(("published", None, case.published))
-    baseline: dict[bool, float] = {}
-    for compiled in (False, True) if arguments.compile else (False,):
-        for label, backend, method in variants:
-            handle, mask_seconds, density = None, 0.0, 1.0
-            if backend is not None:
-                try:
-                    model.set_attention_backend(backend)
-                except (ValueError, NotImplementedError, AttributeError, RuntimeError) as error:
-                    print(f"{name} {label}: {error}")
-                    continue
-            if method is not None:
-                handle = vidsparse.apply(model, Recipe.from_options(method[0], **method[1], **TIMED))
+        variants.append(("published", case.published))
+    clock = Clock(torch.device(arguments.device))
+    model, inputs, stock, mask_seconds = None, None, {}, {}
+    for compiled in (False,) if arguments.eager_only else (False, True):
+        for label, method in variants:
+            row = {"case": name, "variant": label, "compiled": compiled}
+            # Four forwards of one block of each kind, whose time is known after the first row.
+            needed = 4 * sum(stock.get((False, "blocks"), {"": 5000.0}).values()) / 1000
+            if time.monotonic() + needed + (COMPILE_SECONDS if compiled else 0) > deadline:
+                print(f"{name}, {label}, {'compiled' if compiled else 'eager'}: not started, it would not end in time")
+                continue
+            if model is None:
+                model, inputs = build(case, clock.device), case.inputs(clock.device)
+            handle = None
+            try:
+                if method is not None:
+                    handle = vidsparse.apply(model, Recipe.from_options(method[0], **method[1], **TIMED))
+                    if label not in mask_seconds:
+                        mask_seconds[label] = seconds_of_mask(model, inputs, handle, clock)
                 before = time.perf_counter()
-                one_forward(model, inputs)
-                torch.cuda.synchronize()
-                mask_seconds = time.perf_counter() - before
-            if compiled:
-                model.compile_repeated_blocks(fullgraph=True)
-            with timed_blocks(model, case) as times:
-                for _ in range(4):
-                    one_forward(model, inputs)
-            torch.cuda.synchronize()
-            # The first calls warm up.
-            blocks = {key: statistics.median(a.elapsed_time(b) for a, b in pairs[2:]) for key, pairs in times.items()}
-            total = sum(case.repeats[key] * value for key, value in blocks.items())
-            forward = None
-            if total / 1000 < arguments.forward_seconds:
-                forward = whole_forward(model, case, inputs)
-            if handle is not None:
-                report = handle.report()
-                density = report.sparse_density or 1.0
-                rows = report.rows
-                backends = sorted({row.backend for row in rows})
-                handle.remove()
-            else:
-                backends = [backend or "default"]
-                if backend is not None:
-                    model.reset_attention_backend()
-                    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-
-                    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
-            if compiled:
-                for key in case.repeats:
-                    for block in getattr(model, key):
-                        block._compiled_call_impl = None
-                torch._dynamo.reset()
-            baseline.setdefault(compiled, total)
-            yield {
-                "case": name,
-                "variant": label,
-                "compiled": compiled,
-                "density": round(density, 4),
-                "backend": "+".join(backends),
+                if compiled:
+                    for block in (block for key in case.repeats for block in getattr(model, key)):
+                        block.compile(fullgraph=True, backend=arguments.backend)
+                one_forward(model, inputs, clock)
+                first = time.perf_counter() - before
+                blocks = block_times(model, inputs, case, clock)
+                total = sum(case.repeats[key] * value for key, value in blocks.items()) / 1000
+                in_time = total < arguments.forward_seconds and time.monotonic() + total < deadline
+                forward = whole_forward(model, case, inputs, clock) if in_time else None
+            except Exception as error:
+                yield row | {"error": f"{type(error).__name__}: {error}".split("\n")[0][:300]}
+                continue
+            finally:
+                for block in (block for key in case.repeats for block in getattr(model, key)):
+                    block._compiled_call_impl = None
+                if compiled:
+                    torch._dynamo.reset()
+                report = handle.report() if handle is not None else None
+                if handle is not None:
+                    handle.remove()
+            if method is None:
+                stock |= {(compiled, "total"): total, (compiled, "blocks"): blocks}
+            against = stock.get((compiled, "total"))
+            mask = mask_seconds.get(label, 0.0)
+            yield row | {
+                "density": 1.0 if report is None else round(report.sparse_density or 1.0, 4),
+                "backend": "default" if report is None else "+".join(sorted({r.backend for r in report.rows})),
                 "block_ms": {key: round(value, 2) for key, value in blocks.items()},
-                "all_blocks_s": round(total / 1000, 3),
+                "all_blocks_s": round(total, 3),
                 "forward_s": None if forward is None else round(forward, 3),
-                "speedup_over_stock": round(baseline[compiled] / total, 2),
-                "first_forward_s": round(mask_seconds, 2),
-                "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
+                "speedup_over_stock": against and round(against / total, 2),
+                "video_speedup": against and round(FORWARDS * against / (FORWARDS * total + mask), 2),
+                "mask_s": round(mask, 2),
+                "first_forward_s": round(first, 2),
+                "peak_gib": clock.peak_gib(),
             }
-            torch.cuda.reset_peak_memory_stats()
 
 
-def one_forward(model: Any, inputs: dict[str, Any]) -> None:
+class Clock:
+    """Time on a device: events of a GPU, the host's clock for a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, start: Any, end: Any) -> float:
+        """Milliseconds."""
+        return start.elapsed_time(end) if self.device.type == "cuda" else (end - start) * 1000
+
+    def peak_gib(self) -> float | None:
+        """Most memory since the last question."""
+        if self.device.type != "cuda":
+            return None
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.reset_peak_memory_stats()
+        return round(peak, 1)
+
+
+def one_forward(model: Any, inputs: Any, clock: Clock) -> float:
+    """Seconds of one forward."""
+    clock.wait()
+    before = time.perf_counter()
     model(**inputs, return_dict=False)
+    clock.wait()
+    return time.perf_counter() - before
+
+
+def seconds_of_mask(model: Any, inputs: Any, handle: Any, clock: Clock) -> float:
+    """How much longer a forward takes that must build its mask, kernels being compiled."""
+    one_forward(model, inputs, clock)
+    handle.reset()
+    with_mask = one_forward(model, inputs, clock)
+    return max(0.0, with_mask - one_forward(model, inputs, clock))
+
+
+def block_times(model: Any, inputs: Any, case: Case, clock: Clock) -> dict[str, float]:
+    """Milliseconds of the one block of each kind, the median of five; of one where that takes seconds."""
+    with timed_blocks(model, case, clock) as times:
+        long = one_forward(model, inputs, clock) > 1
+        for _ in range(0 if long else 4):
+            # Without waiting, so that a block of a short sequence does not wait for the host more than in a generation.
+            model(**inputs, return_dict=False)
+        clock.wait()
+    return {key: statistics.median(clock.between(a, b) for a, b in pairs) for key, pairs in times.items()}
 
 
 @contextmanager
-def timed_blocks(model: Any, case: Case) -> Iterator[dict[str, list[tuple[Any, Any]]]]:
-    """CUDA events around the one block of each kind."""
+def timed_blocks(model: Any, case: Case, clock: Clock) -> Iterator[dict[str, list[tuple[Any, Any]]]]:
+    """Marks around the one block of each kind; around what torch.compile made of it, not in it as a hook would be."""
     times: dict[str, list[tuple[Any, Any]]] = {key: [] for key in case.repeats}
-    hooks = []
-    for key in case.repeats:
+    saved = {key: getattr(model, key)[0]._compiled_call_impl for key in case.repeats}
+    for key, compiled in saved.items():
         block = getattr(model, key)[0]
 
-        def before(module: Any, args: Any, key: str = key) -> None:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            times[key].append((start, end))
-            start.record()
+        def timed(*args: Any, key: str = key, call: Any = compiled or block._call_impl, **kwargs: Any) -> Any:
+            start = clock.mark()
+            output = call(*args, **kwargs)
+            times[key].append((start, clock.mark()))
+            return output
 
-        def after(module: Any, args: Any, output: Any, key: str = key) -> None:
-            times[key][-1][1].record()
+        block._compiled_call_impl = timed
+    try:
+        yield times
+    finally:
+        for key, compiled in saved.items():
+            getattr(model, key)[0]._compiled_call_impl = compiled
 
-        hooks += [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
-    yield times
-    for hook in hooks:
-        hook.remove()
 
-
-def whole_forward(model: Any, case: Case, inputs: dict[str, Any]) -> float:
+def whole_forward(model: Any, case: Case, inputs: Any, clock: Clock) -> float:
     """Seconds of a forward with as many blocks as the real model has, all of them the same module."""
     saved = {key: getattr(model, key) for key in case.repeats}
     for key, count in case.repeats.items():
         setattr(model, key, torch.nn.ModuleList([saved[key][0]] * count))
     try:
-        torch.cuda.synchronize()
-        before = time.perf_counter()
-        one_forward(model, inputs)
-        torch.cuda.synchronize()
-        return time.perf_counter() - before
+        seconds = one_forward(model, inputs, clock)
+        # A block may be compiled once more for its own output as input, and short forwards vary.
+        return min(one_forward(model, inputs, clock) for _ in range(3)) if seconds < 4 else seconds
     finally:
         for key, blocks in saved.items():
             setattr(model, key, blocks)
