@@ -139,7 +139,7 @@ def _select(query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -
         return _select_anew(query, key, context)
     memory.open(query, context.layout)
     kept = memory.get("selection")
-    if kept is not None and memory.step is not None and 0 <= context.step_index - memory.step < context.refresh_every:
+    if kept is not None and not memory.selects_anew(context.step_index, context.refresh_every):
         return kept
     selection = _select_anew(query, key, context)
     memory.step = context.step_index

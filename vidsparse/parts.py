@@ -93,13 +93,22 @@ def token_density(mask: BlockMask) -> torch.Tensor | float:
     """Share of the (query, key) pairs in listed blocks, as a tensor where counting would wait for the device."""
     if mask.device.type == "cpu":
         return mask.token_density
+    return _pairs(mask).mean() / (mask.seq_len_q * mask.seq_len_kv)
+
+
+def pairs_of_heads(mask: BlockMask, num_heads: int) -> torch.Tensor:
+    """(query, key) pairs in listed blocks by head, fp32 `[num_heads]`, the mean over samples; nobody waits for them."""
+    return _pairs(mask).mean(0).expand(num_heads).contiguous()
+
+
+def _pairs(mask: BlockMask) -> torch.Tensor:
+    """(query, key) pairs in listed blocks, `[batch, heads]` of the mask."""
     q_sizes, kv_sizes = mask.offsets("q").diff(dim=-1).float(), mask.offsets("kv").diff(dim=-1).float()
     listed = torch.arange(mask.kv_indices.shape[-1], device=mask.device) < mask.kv_num_blocks[..., None]
     lead = mask.kv_indices.shape[:3]
     per_key = kv_sizes.expand(*lead[:2], -1)[:, :, None, :].expand(*lead, -1)
     keys = (per_key.gather(3, mask.kv_indices.long()) * listed).sum(-1)
-    pairs = (keys * q_sizes).sum(-1).mean()
-    return pairs / (mask.seq_len_q * mask.seq_len_kv)
+    return (keys * q_sizes).sum(-1)
 
 
 class Selector(Protocol):
@@ -165,11 +174,15 @@ class LayerMemory:
         budget: shared by all memories of a run.
         kept: by name.
         step: step in which the selection was made.
+        loads: under context parallelism what each head of this rank computes, once known (`processors.parallel`).
+        heads: all heads by rank, once they were dealt out by their loads.
     """
 
     budget: MemoryBudget
     kept: dict[str, Any] = field(default_factory=dict)
     step: int | None = None
+    loads: torch.Tensor | None = None
+    heads: tuple[int, ...] | None = None
     _signature: tuple[Any, ...] | None = None
     _sizes: dict[str, int] = field(default_factory=dict)
 
@@ -182,6 +195,10 @@ class LayerMemory:
 
     def get(self, name: str) -> Any:
         return self.kept.get(name)
+
+    def selects_anew(self, step: int, refresh_every: int) -> bool:
+        """Whether the selection that is kept, if one is, does not serve this step."""
+        return self.step is None or not 0 <= step - self.step < refresh_every
 
     def keep(self, name: str, value: Any, tensors: list[torch.Tensor]) -> bool:
         """Keep something for later steps; False, with a note in the report, where the budget has no room for it."""

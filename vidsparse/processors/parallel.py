@@ -2,7 +2,8 @@
 
 Each rank of a group of W holds 1/W of the tokens in all heads. One all-to-all gives it all tokens in 1/W of the heads,
 where a method sees the sequence that it knows; a second one after attention brings the output back. See DeepSpeed
-Ulysses, https://arxiv.org/abs/2309.14509. A broadcast mask costs every head the same, so the ranks are balanced.
+Ulysses, https://arxiv.org/abs/2309.14509. Where heads compute unlike shares of the blocks, they are dealt out once in a
+generation, by what they computed in its first sparse step, so that no rank waits long for another.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 
 from vidsparse.errors import ConfigError
 from vidsparse.layout import TokenLayout
-from vidsparse.parts import Parts
+from vidsparse.parts import LayerMemory, Parts, Selection, pairs_of_heads
 
 RING = "ring attention moves keys and values in shards that block lists do not follow; use `ulysses_degree` alone"
 NO_PLAN = "context parallelism of a model for which diffusers has no plan"
@@ -32,9 +33,12 @@ class Shards:
         group: name of the process group.
         rank: of this process in the group.
         sizes: tokens that each rank holds.
-        num_heads: heads of the model's attention; rank r takes `heads_per_rank` of them from r * `heads_per_rank` on.
+        num_heads: heads of the model's attention.
         order: int64 `[seq_len]`, the tokens rank after rank; None where that is the model's own order.
         inverse: int64 `[seq_len]`, where in `order` each token stands; None likewise.
+        heads: all heads in the order of the ranks, rank r taking `heads_per_rank` of them from r * `heads_per_rank` on;
+            None for the model's own order.
+        head_order, head_inverse: int64 `[num_heads]`, `heads` and its inverse on the device; None likewise.
     """
 
     group: str
@@ -43,6 +47,9 @@ class Shards:
     num_heads: int
     order: torch.Tensor | None = None
     inverse: torch.Tensor | None = None
+    heads: tuple[int, ...] | None = None
+    head_order: torch.Tensor | None = None
+    head_inverse: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -57,6 +64,20 @@ class Shards:
     def local_heads(self) -> int:
         """Heads of this rank; the last rank may have fewer than the others."""
         return min(self.heads_per_rank, self.num_heads - self.rank * self.heads_per_rank)
+
+    @property
+    def own_heads(self) -> tuple[int, ...]:
+        """Numbers of this rank's heads, in the order in which it has them."""
+        first = self.rank * self.heads_per_rank
+        heads = self.heads or tuple(range(self.num_heads))
+        return heads[first : first + self.local_heads]
+
+    def dealt(self, heads: tuple[int, ...] | None, device: torch.device) -> Shards:
+        """With the heads in another order."""
+        if heads is None:
+            return self
+        order, inverse = _head_order(heads, device)
+        return replace(self, heads=heads, head_order=order, head_inverse=inverse)
 
     def of_this_rank(self, parts: Parts) -> Parts:
         """The parts whose mask has the heads of this rank only; a mask for all heads alike stays."""
@@ -147,6 +168,71 @@ def _shards(
         return Shards(group, rank, sizes, num_heads, order.to(device), order.argsort().to(device))
 
 
+@functools.lru_cache(maxsize=1024)
+def _head_order(heads: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.inference_mode(False):
+        order = torch.tensor(heads)
+        return order.to(device), order.argsort().to(device)
+
+
+def may_deal(parts: Parts, shards: Shards | None) -> bool:
+    """Whether heads may compute unlike shares: the method takes as much as each head needs. Not with uneven ranks."""
+    return (
+        shards is not None
+        and parts.selector is not None
+        and parts.density is None
+        and shards.num_heads % len(shards.sizes) == 0
+        and shards.heads_per_rank > 1
+    )
+
+
+def deal(loads: list[float], ranks: int) -> tuple[int, ...]:
+    """Heads by rank, as many for each: the heaviest first, always to the lightest rank that has room."""
+    room = len(loads) // ranks
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    for head in sorted(range(len(loads)), key=lambda h: -loads[h]):
+        open_hands = [hand for hand in hands if len(hand) < room]
+        min(open_hands, key=lambda hand: sum(loads[h] for h in hand)).append(head)
+    return tuple(head for hand in hands for head in sorted(hand))
+
+
+def note_loads(memory: LayerMemory | None, selection: Selection | None, shards: Shards | None) -> None:
+    """Keep what each head of this rank computes, until the heads are dealt."""
+    if memory is None or selection is None or shards is None or shards.heads is None:
+        return
+    if memory.heads is None and memory.loads is None:
+        memory.loads = pairs_of_heads(selection.block_mask, shards.local_heads)
+
+
+def deal_heads(memories: list[LayerMemory], shards: Shards) -> None:
+    """Deal the heads of layers whose loads are known, the same on every rank, and bring centroids to their new rank.
+
+    Waits for the device once. A selection that is kept is not moved: layers are dealt when they select anew.
+    """
+    memories = [memory for memory in memories if memory.loads is not None and memory.heads is None]
+    if not memories:
+        return
+    # [ranks, layers, heads of a rank]
+    loads = _gather(torch.stack([memory.loads for memory in memories if memory.loads is not None]), shards)
+    for memory, of_ranks in zip(memories, loads.transpose(0, 1).flatten(1).tolist(), strict=True):
+        memory.heads = deal(of_ranks, len(shards.sizes))
+        for name in ("selection", "state"):
+            memory.drop(name)
+        centroids = memory.get("centroids")
+        if centroids is not None:
+            own = list(replace(shards, heads=memory.heads).own_heads)
+            moved = tuple(_gather(x, shards).transpose(0, 1).flatten(1, 2)[:, own].contiguous() for x in centroids)
+            memory.keep("centroids", moved, list(moved))
+
+
+def _gather(x: torch.Tensor, shards: Shards) -> torch.Tensor:
+    """`[ranks, ...]` of every rank's `x`."""
+    collectives = torch.ops._c10d_functional
+    ranks = len(shards.sizes)
+    gathered = collectives.wait_tensor(collectives.all_gather_into_tensor(x.contiguous(), ranks, shards.group))
+    return gathered.unflatten(0, (ranks, -1))
+
+
 def attend_over_ranks(
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor],
     query: torch.Tensor,
@@ -170,6 +256,8 @@ def attend_over_ranks(
     world, heads, local = len(shards.sizes), shards.heads_per_rank, shards.local_heads
     padding = world * heads - shards.num_heads
     tensors = (query, key, value)
+    if shards.head_order is not None:
+        tensors = tuple(x.index_select(2, shards.head_order) for x in tensors)
     if padding:
         tensors = tuple(F.pad(x, (0, 0, 0, padding)) for x in tensors)
     # [ranks, num_tokens, 3, batch, heads, head_dim]: what goes to one rank lies together, and one exchange serves all.
@@ -183,7 +271,8 @@ def attend_over_ranks(
     # [ranks * num_tokens, batch, heads, head_dim]
     back = _exchange(out.transpose(0, 1), False, shards)
     back = back.unflatten(0, (world, -1)).permute(2, 1, 0, 3, 4).flatten(2, 3)
-    return back[:, :, : shards.num_heads]
+    back = back[:, :, : shards.num_heads]
+    return back if shards.head_inverse is None else back.index_select(2, shards.head_inverse)
 
 
 def _gather_bias(key_bias: torch.Tensor, shards: Shards) -> torch.Tensor:

@@ -40,7 +40,7 @@ class CellSelector:
     names: Sequence[str]
     clusterings: Sequence[tuple[int, int] | None]
     _static: dict[int, Selection] = field(default_factory=dict)
-    _joined: dict[tuple[Cell, int], Selection] = field(default_factory=dict)
+    _joined: dict[Cell, Selection] = field(default_factory=dict)
 
     def select(self, query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> Selection:
         if context.layer_count != self.layers:
@@ -70,15 +70,15 @@ class CellSelector:
     def _by_head(
         self, cell: tuple[int, ...], query: torch.Tensor, key: torch.Tensor, context: AttentionContext
     ) -> Selection:
-        total, first = query.shape[2], 0
+        total, own = query.shape[2], tuple(range(query.shape[2]))
         if context.shards is not None:
             # Ulysses: this rank has some of the heads.
-            total, first = context.shards.num_heads, context.shards.rank * context.shards.heads_per_rank
+            total, own = context.shards.num_heads, context.shards.own_heads
         if len(cell) != total:
             raise ConfigError(f"The recipe was tuned for {len(cell)} heads, this model has {total}; tune one for it.")
-        cell = cell[first : first + query.shape[2]]
-        if (cell, first) in self._joined:
-            return self._joined[cell, first]
+        cell = tuple(cell[head] for head in own)
+        if cell in self._joined:
+            return self._joined[cell]
         choices = sorted(set(cell))
         heads = [[h for h, own in enumerate(cell) if own == choice] for choice in choices]
         masks, fixed = [], True
@@ -96,7 +96,7 @@ class CellSelector:
             masks.append(parts.selector.select(q, k, context).block_mask)
         selection = Selection(join_heads(masks, heads, query.shape[2], query.shape[0]))
         if fixed:
-            self._joined[cell, first] = selection
+            self._joined[cell] = selection
         return selection
 
 
