@@ -30,6 +30,8 @@ class Row:
         reason: why it ran dense, None when sparse.
         backend_reason: why this backend, in the words of the kernels package; None when dense.
         calls: number of calls.
+        agreement: least agreement with exact attention that the guard measured, None where it did not. Something with
+            an `agreement()` until the report is read.
     """
 
     layer: int
@@ -42,6 +44,7 @@ class Row:
     reason: str | None = None
     backend_reason: str | None = None
     calls: int = 1
+    agreement: Any = None
 
     @property
     def is_fallback(self) -> bool:
@@ -49,10 +52,30 @@ class Row:
         return self.reason is not None and self.reason not in ASKED_FOR
 
 
+@dataclass(frozen=True)
+class Raised:
+    """A layer that the guard made attend more.
+
+    Attributes:
+        layer, name: as in `Row`.
+        step: from which on.
+        agreement: in the step before, which fell short.
+        action: "density 0.50", "attends more" (where the density depends on the video) or "dense".
+    """
+
+    layer: int
+    name: str
+    step: int | None
+    agreement: float
+    action: str
+
+
 class Report:
     """Rows of one generation, newest settings last; memory is bounded.
 
     Attributes:
+        guard: the agreement that the guard asks for, None without one.
+        raised: what it did.
         notes: sentences about the run as a whole, such as a density that could not be reached.
         dropped_calls: calls that are counted but have no row of their own.
     """
@@ -61,6 +84,8 @@ class Report:
         self._rows: dict[tuple[Any, ...], Row] = {}
         self._unsettled: list[Row] = []
         self.notes: list[str] = list(dict.fromkeys(notes))
+        self.guard: float | None = None
+        self.raised: list[Raised] = []
         self.dropped_calls = 0
         for row in rows:
             self.add(row)
@@ -71,23 +96,25 @@ class Report:
         return list(self._rows.values())
 
     def _settle(self) -> None:
-        """Read the densities that were left on the device, all at once."""
+        """Read what was left on the device: the densities all at once."""
         if not self._unsettled:
             return
         import torch
 
         rows, self._unsettled = self._unsettled, []
+        rows = [row if row.agreement is None else replace(row, agreement=row.agreement.agreement()) for row in rows]
         by_device: dict[Any, list[Row]] = {}
         for row in rows:
             by_device.setdefault(torch.as_tensor(row.density).device, []).append(row)
         for together in by_device.values():
             densities = torch.stack([torch.as_tensor(row.density) for row in together]).tolist()
             for row, density in zip(together, densities, strict=True):
-                self.add(replace(row, density=round(density, 4)))
+                settled = isinstance(row.density, int | float)
+                self.add(row if settled else replace(row, density=round(density, 4)))
 
     def add(self, row: Row) -> None:
         """Add a row, or its calls to the row that is equal but for the number of calls."""
-        if not isinstance(row.density, int | float):
+        if not isinstance(row.density, int | float) or not isinstance(row.agreement, float | None):
             self._unsettled.append(row)
             if len(self._unsettled) >= MAX_UNSETTLED:
                 self._settle()
@@ -95,7 +122,10 @@ class Report:
         identity = (row.layer, row.name, row.step, row.branch, row.backend, row.density, row.tokens, row.reason)
         present = self._rows.get(identity)
         if present is not None:
-            self._rows[identity] = replace(present, calls=present.calls + row.calls)
+            agreements = [x.agreement for x in (present, row) if x.agreement is not None]
+            self._rows[identity] = replace(
+                present, calls=present.calls + row.calls, agreement=min(agreements, default=None)
+            )
         elif len(self._rows) < MAX_ROWS:
             self._rows[identity] = row
         else:
@@ -109,6 +139,8 @@ class Report:
         self._rows.clear()
         self._unsettled.clear()
         self.notes.clear()
+        self.guard = None
+        self.raised.clear()
         self.dropped_calls = 0
 
     @property
@@ -161,8 +193,7 @@ class Report:
         Returns:
             Layer indices, step indices, and one list per layer with one density per step (None: not called).
         """
-        layers = sorted({row.layer for row in self.rows})
-        steps = sorted({row.step for row in self.rows}, key=lambda step: -1 if step is None else step)
+        layers, steps = self._places()
         sums: dict[tuple[int, int | None], tuple[float, int]] = {}
         for row in self.rows:
             total, calls = sums.get((row.layer, row.step), (0.0, 0))
@@ -172,6 +203,38 @@ class Report:
             for layer in layers
         ]
         return layers, steps, cells
+
+    def _places(self) -> tuple[list[int], list[int | None]]:
+        layers = sorted({row.layer for row in self.rows})
+        return layers, sorted({row.step for row in self.rows}, key=lambda step: -1 if step is None else step)
+
+    @property
+    def least_agreement(self) -> float | None:
+        """The least that the guard measured, None where it measured nothing."""
+        return min((row.agreement for row in self.rows if row.agreement is not None), default=None)
+
+    def guard_dict(self) -> dict[str, Any] | None:
+        """What the guard saw and did, as plain values; None without a guard.
+
+        Its `agreement` is a list per layer with one value per step, in the order of `matrix`: the least of the calls
+        there, None where nothing was sparse.
+        """
+        if self.guard is None:
+            return None
+        layers, steps = self._places()
+        least: dict[tuple[int, int | None], float] = {}
+        for row in self.rows:
+            if row.agreement is not None:
+                least[row.layer, row.step] = min(row.agreement, least.get((row.layer, row.step), 1.0))
+        seen = [row for row in self.rows if row.agreement is not None]
+        return {
+            "target": self.guard,
+            "least": self.least_agreement,
+            "calls": sum(row.calls for row in seen),
+            "calls_below": sum(row.calls for row in seen if row.agreement < self.guard),
+            "agreement": [[least.get((layer, step)) for step in steps] for layer in layers],
+            "raised": [asdict(raised) for raised in self.raised],
+        }
 
     def summary(self) -> str:
         """One line: "density 0.46 in 450 of 600 calls; dense: warm-up step 120 calls, dense layer 30 calls"."""
@@ -186,6 +249,13 @@ class Report:
         if self.dense_calls:
             parts.append(
                 "dense: " + ", ".join(f"{reason} {calls} calls" for reason, calls in self.dense_calls.items())
+            )
+        guard = self.guard_dict()
+        if guard is not None and guard["least"] is not None:
+            raised = len({raised.name for raised in self.raised})
+            parts.append(
+                f"guard {self.guard:g}: agreement at least {guard['least']:.3f}, "
+                f"{raised} layer{'' if raised == 1 else 's'} raised"
             )
         return "; ".join(parts + self.notes)
 
@@ -205,6 +275,7 @@ class Report:
             "backends": self.backends,
             "notes": list(self.notes),
             "dropped_calls": self.dropped_calls,
+            "guard": self.guard_dict(),
             "matrix": {"layers": layers, "steps": steps, "density": cells},
             "rows": [asdict(row) for row in self.rows],
         }
@@ -215,4 +286,6 @@ class Report:
         reports = list(reports)
         merged = cls((row for report in reports for row in report.rows), (n for r in reports for n in r.notes))
         merged.dropped_calls += sum(report.dropped_calls for report in reports)
+        merged.guard = next((report.guard for report in reports if report.guard is not None), None)
+        merged.raised = [raised for report in reports for raised in report.raised]
         return merged

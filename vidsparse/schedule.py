@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vidsparse.checks import is_whole
+from vidsparse.checks import is_number, is_whole
 from vidsparse.errors import ConfigError
 
 ASSUMED_WARMUP_STEPS = 12
@@ -16,12 +16,13 @@ WARMUP = "warm-up step"
 COOLDOWN = "cool-down step"
 DENSE_LAYER = "dense layer"
 METHOD_DENSE = "method dense"
+GUARDED = "raised by the guard"
 BY_RECIPE = "dense in the recipe"
 SHORT = "sequence below min_tokens"
 UNKNOWN_STEP = "step unknown"
 UNKNOWN_COUNT = f"number of steps unknown: {ASSUMED_WARMUP_STEPS} warm-up steps assumed"
 
-ASKED_FOR = frozenset({WARMUP, COOLDOWN, DENSE_LAYER, METHOD_DENSE, BY_RECIPE})
+ASKED_FOR = frozenset({WARMUP, COOLDOWN, DENSE_LAYER, METHOD_DENSE, BY_RECIPE, GUARDED})
 """Reasons that a recipe asks for; any other reason to run dense is a fallback and raises under `strict`."""
 
 
@@ -46,9 +47,12 @@ class Schedule:
             select in every step and the report says so. Default None: no limit.
         min_tokens: sequences shorter than this run dense, in tokens; 0 never. None (default): in generations a call runs
             dense where that is estimated to be faster (`vidsparse.break_even`), in training nothing does.
+        guard: agreement with exact attention, in (0, 1), that sparse calls of a generation shall have on sampled query
+            rows: 1 minus the squared relative error. A layer that falls short attends more densely, or dense, from the
+            next step on, and the report says so (`vidsparse.guard`). Default None: nothing is compared.
 
     Raises:
-        ConfigError: a number is negative.
+        ConfigError: a number is out of range.
     """
 
     warmup_steps: int | None = None
@@ -58,6 +62,7 @@ class Schedule:
     keep: str = "nothing"
     reuse_gib: float | None = None
     min_tokens: int | None = None
+    guard: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("warmup_steps", "cooldown_steps", "dense_layers", "min_tokens"):
@@ -76,6 +81,8 @@ class Schedule:
             raise ConfigError(f"`keep` {self.keep!r} needs `refresh_every` of at least 2 steps, got 1.")
         if self.reuse_gib is not None and (isinstance(self.reuse_gib, bool) or not self.reuse_gib >= 0):
             raise ConfigError(f"`reuse_gib` must be at least 0, got {self.reuse_gib!r}.")
+        if self.guard is not None and (not is_number(self.guard) or not 0 < self.guard < 1):
+            raise ConfigError(f"`guard` must be above 0 and below 1, such as 0.95, got {self.guard!r}.")
 
     def warmup(self, num_steps: int | None) -> int:
         """Number of dense first steps of a generation of `num_steps` steps (None: not known)."""

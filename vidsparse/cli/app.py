@@ -125,6 +125,15 @@ def generate(
             metavar="METHOD",
         ),
     ] = None,
+    recipe: Annotated[
+        str | None,
+        _option(
+            "--recipe",
+            help="A file of `vidsparse tune` in place of the method; model, size, length and steps follow it unless given.",
+            panel=_SPARSE,
+            metavar="FILE",
+        ),
+    ] = None,
     density: Annotated[
         str | None,
         _option("--density", help="Share of the attention to compute, in (0, 1].", metavar="NUMBER", panel=_SPARSE),
@@ -134,6 +143,15 @@ def generate(
     ] = None,
     dense_layers: Annotated[
         str | None, _option("--dense-layers", help="First layers that run dense.", metavar="INTEGER", panel=_SPARSE)
+    ] = None,
+    guard: Annotated[
+        str | None,
+        _option(
+            "--guard",
+            help="Compare sampled rows with exact attention; layers that agree less, such as 0.95, attend more.",
+            metavar="NUMBER",
+            panel=_SPARSE,
+        ),
     ] = None,
     strict: Annotated[
         bool | None,
@@ -207,7 +225,7 @@ def generate(
     if lora:
         given["loras"] = lora
     method_options = {
-        name: values[name] for name in ("density", "warmup_steps", "dense_layers") if values[name] is not None
+        name: values[name] for name in ("density", "warmup_steps", "dense_layers", "guard") if values[name] is not None
     }
     if lora:
         from .train import follow_adapters
@@ -222,6 +240,7 @@ def generate(
         prompt_file=prompt_file,
         output=output,
         config=config,
+        recipe=recipe,
         as_json=as_json,
         quiet=quiet,
         verbose=verbose,

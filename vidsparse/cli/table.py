@@ -6,6 +6,7 @@ from typing import Any
 
 DENSE = "dense"
 MAX_COLUMNS = 12
+MAX_RAISED = 12
 
 
 def _cells(report: dict[str, Any]) -> tuple[list[int], list[int | None], list[list[str]]]:
@@ -90,4 +91,24 @@ def sentences(report: dict[str, Any]) -> list[str]:
     lines = [f"sparse: {sparse} of {calls} attention calls" + ("" if not sparse else f", density {density:.2f}")]
     if report["dense_calls"]:
         lines.append("dense: " + ", ".join(f"{count} ({reason})" for reason, count in report["dense_calls"].items()))
-    return lines + [f"note: {note}" for note in report["notes"]]
+    return lines + guard_lines(report) + [f"note: {note}" for note in report["notes"]]
+
+
+def guard_lines(report: dict[str, Any]) -> list[str]:
+    """What the guard saw, and what it did to which layers from which step on; nothing without a guard."""
+    guard = report.get("guard")
+    if guard is None:
+        return []
+    if guard["least"] is None:
+        return [f"guard {guard['target']:g}: nothing was sparse"]
+    below, calls = guard["calls_below"], guard["calls"]
+    lines = [f"guard {guard['target']:g}: agreement at least {guard['least']:.3f}; below in {below} of {calls} calls"]
+    groups: dict[tuple[int | None, str], list[dict[str, Any]]] = {}
+    for raised in guard["raised"]:
+        groups.setdefault((raised["step"], raised["action"]), []).append(raised)
+    for (step, action), of in list(groups.items())[:MAX_RAISED]:
+        names = ", ".join(f"{raised['layer']} ({raised['agreement']:.2f})" for raised in of)
+        lines.append(f"  from step {step} {action}: layer{'s' if len(of) > 1 else ''} {names}")
+    if len(groups) > MAX_RAISED:
+        lines.append(f"  and {len(groups) - MAX_RAISED} more, in the JSON")
+    return lines

@@ -19,14 +19,15 @@ import torch
 
 from vidsparse.break_even import CallShape
 from vidsparse.errors import DenseFallbackError, UnsupportedModelError
+from vidsparse.guard import LEVELS, is_denser
 from vidsparse.layout import TokenLayout
 from vidsparse.parts import Parts
 from vidsparse.processors.base import SparseProcessor
 from vidsparse.processors.context import MAX_MASKS, AttentionContext, RunState
 from vidsparse.processors.families import FAMILIES, Family, family_of, supported_models
-from vidsparse.processors.parallel import Shards, make_shards, refusal
-from vidsparse.report import Row
-from vidsparse.schedule import ASKED_FOR, METHOD_DENSE, UNKNOWN_STEP
+from vidsparse.processors.parallel import Shards, deal_heads, make_shards, may_deal, refusal
+from vidsparse.report import Raised, Row
+from vidsparse.schedule import ASKED_FOR, GUARDED, METHOD_DENSE, UNKNOWN_STEP
 
 FAST_ON_CUDA = frozenset({"triton", "hopper", "flash4", "flex"})
 SCORES_SKIPPED = "attention scores skipped by perturbed-attention guidance"
@@ -193,6 +194,7 @@ class _Forward:
         bias_backend: likewise for calls with a mask over keys.
         density: of a static mask.
         keeps: whether layers may keep things for later steps.
+        device: of the sparse calls.
     """
 
     layouts: list[TokenLayout]
@@ -202,6 +204,7 @@ class _Forward:
     bias_backend: tuple[str, str | None] = ("auto", None)
     density: float = 1.0
     keeps: bool = False
+    device: Any = None
 
     def __post_init__(self) -> None:
         self.shards = [None] * len(self.layouts)
@@ -218,7 +221,7 @@ class Binding:
         self._handles: list[Any] = []
         self._parameters: tuple[str, ...] = ()
         self._rows: list[Row] = []
-        self._bias_backend: tuple[str, str | None] = ("dense", None)
+        self._bias_backends: list[tuple[str, str | None]] = []
         self.outside_graph = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -311,16 +314,79 @@ class Binding:
         reasons = [refused if reason is None else reason for reason in reasons]
         if self.processor.strict:
             self._check_strict(reasons, seq_len)
-        if None in reasons:
-            slow = self._prepare(forward, model, arguments, hidden_states)
-            reasons = [slow if reason is None else reason for reason in reasons]
+        target = self._guard_target()
+        guarded = target is not None
+        short = {} if target is None else self.run.guard.decide(self.run.step or 0, target)
+        levels = [self.run.guard.level(layer.layer_name) if guarded else 0 for layer in self.layers]
+        forwards = {0: forward}
+        for level in sorted({of for of, reason in zip(levels, reasons, strict=True) if reason is None}):
+            slow = self._prepare_level(level, forwards, model, arguments, hidden_states)
+            pairs = zip(levels, reasons, strict=True)
+            reasons = [slow if reason is None and of == level else reason for of, reason in pairs]
             if self.processor.strict:
                 self._check_strict(reasons, seq_len, slow)
-        self._rows = []
-        self._bias_backend = forward.bias_backend
-        for path, layer, reason in zip(self.saved, self.layers, reasons, strict=True):
+        sparse = [forwards[of] for of, reason in zip(levels, reasons, strict=True) if reason is None]
+        self._deal_heads([layer for layer, reason in zip(self.layers, reasons, strict=True) if reason is None], sparse)
+        self._rows, self._bias_backends = [], []
+        for path, layer, reason, level in zip(self.saved, self.layers, reasons, levels, strict=True):
             projection = getattr(model.get_submodule(path), PROJECTION, None)
-            self._hand_out(forward, layer, reason, projection)
+            mine = forwards.get(level, forward)
+            self._hand_out(mine, layer, reason, projection, guarded)
+            if layer.layer_name in short:
+                self._tell_raised(layer, mine, reason, short[layer.layer_name])
+
+    def _deal_heads(self, layers: list[Any], forwards: list[_Forward]) -> None:
+        """Share the heads of layers between ranks by what they computed, once in a generation, when they select anew."""
+        schedule, memories = self.processor.recipe.schedule, []
+        for layer, forward in zip(layers, forwards, strict=True):
+            if forward.keeps and may_deal(forward.parts[0], forward.shards[0]):
+                memory = self.run.memory(layer.layer_name, schedule.reuse_gib)
+                if self.run.step is not None and memory.selects_anew(self.run.step, schedule.refresh_every):
+                    memories.append(memory)
+        if memories and forwards[0].shards[0] is not None:
+            deal_heads(memories, forwards[0].shards[0])
+
+    def _guard_target(self) -> float | None:
+        """The agreement with exact attention that is asked of this forward; none in training."""
+        target = self.processor.recipe.schedule.guard
+        if target is None or self.run.step is None or self.processor.always_dense:
+            return None
+        self.run.report.guard = target
+        if torch.is_grad_enabled():
+            self.run.report.note("the guard does not run where gradients are recorded")
+            return None
+        return target
+
+    def _prepare_level(
+        self, level: int, forwards: dict[int, _Forward], model: Any, arguments: dict[str, Any], hidden_states: Any
+    ) -> str | None:
+        """`_prepare` for layers that the guard raised `level` times; a reason where they run dense."""
+        forward = forwards[0]
+        if level == 0:
+            return self._prepare(forward, self.processor, model, arguments, hidden_states)
+        layouts, where = forward.layouts, (hidden_states.device, LEVELS * len(forward.layouts))
+        parts = self.run.parts_of(self.processor, layouts[0], *where)
+        processor = self.run.guard.denser(self.processor, parts, level, layouts[0])
+        if processor is None:
+            return GUARDED
+        if not is_denser(self.run.parts_of(processor, layouts[0], *where, quiet=True), parts, level):
+            return GUARDED
+        forwards[level] = _Forward(layouts)
+        forwards[level].shards = forward.shards
+        slow = self._prepare(forwards[level], processor, model, arguments, hidden_states)
+        return GUARDED if slow is not None else None
+
+    def _tell_raised(self, layer: Any, forward: _Forward, reason: str | None, agreement: float) -> None:
+        """Note what the guard did to a layer, and let the layer start anew."""
+        self.run.forget_layer(layer.layer_name)
+        if reason is None:
+            density = forward.density if forward.parts[0].is_static else forward.parts[0].density
+            action = "attends more" if density is None else f"density {density:.2f}"
+        elif reason == GUARDED:
+            action = "dense"
+        else:
+            return
+        self.run.report.raised.append(Raised(layer.layer_index, layer.layer_name, self.run.step, agreement, action))
 
     def _share_out(self, forward: _Forward, model: Any, device: torch.device) -> str | None:
         """Settle what each rank of context parallelism computes; a reason to run dense where that cannot be."""
@@ -331,13 +397,18 @@ class Binding:
             forward.shards = [make_shards(config, model, each, num_heads, device) for each in forward.layouts]
         return refused
 
-    def _prepare(self, forward: _Forward, model: Any, arguments: dict[str, Any], hidden_states: Any) -> str | None:
+    def _prepare(
+        self, forward: _Forward, processor: SparseProcessor, model: Any, arguments: dict[str, Any], hidden_states: Any
+    ) -> str | None:
         """Build or find the method's parts and its backends; a reason to run dense where that is faster."""
         device, grad = hidden_states.device, torch.is_grad_enabled()
+        forward.device = device
+        count = len(forward.layouts) * (1 if processor.recipe.schedule.guard is None else LEVELS)
+        quiet = processor is not self.processor
         forward.parts = [
             parts if shards is None else shards.of_this_rank(parts)
             for parts, shards in zip(
-                (self.run.parts_of(self.processor, each, device, len(forward.layouts)) for each in forward.layouts),
+                (self.run.parts_of(processor, each, device, count, quiet) for each in forward.layouts),
                 forward.shards,
                 strict=True,
             )
@@ -364,9 +435,11 @@ class Binding:
         if needs_grad:
             return None
         shape = self.call_shape(model, hidden_states, forward.layouts[0].seq_len)
-        return self.processor.slow_reason(first, shape, device.type, _compute_dtype(hidden_states))
+        return processor.slow_reason(first, shape, device.type, _compute_dtype(hidden_states))
 
-    def _hand_out(self, forward: _Forward, layer: Any, reason: str | None, projection: Any) -> None:
+    def _hand_out(
+        self, forward: _Forward, layer: Any, reason: str | None, projection: Any, guarded: bool = False
+    ) -> None:
         """Give a layer its contexts for this forward, and note its row for the report."""
         run, schedule, sparse = self.run, self.processor.recipe.schedule, reason is None
         parts = forward.parts if sparse else [None] * len(forward.layouts)
@@ -386,7 +459,8 @@ class Binding:
                 refresh_every=schedule.refresh_every,
                 backend=forward.backend[0] if sparse else "auto",
                 bias_backend=forward.bias_backend[0] if sparse else "auto",
-                shards=shards,
+                shards=self._dealt(shards, forward, each, memory),
+                guarded=guarded and sparse,
             )
             for layout, each, shards in zip(forward.layouts, parts, forward.shards, strict=True)
         ]
@@ -394,12 +468,13 @@ class Binding:
         layer.context = each_call[0]
         layer.lengths = contexts if len(contexts) > 1 else {}
         layer.sparse, layer.called, layer.biased, layer.late_reason = sparse, False, False, None
-        layer.selected = None
+        layer.selected, layer.guarded, layer.measured = None, guarded and sparse, []
         if torch.is_grad_enabled():
             # For a replay inside the backward pass; a forward without gradients, of a teacher for instance, has none.
             layer.recent |= contexts
             while len(layer.recent) > MAX_MASKS * len(contexts):
                 layer.recent.pop(next(iter(layer.recent)))
+        self._bias_backends.append(forward.bias_backend)
         self._rows.append(
             Row(
                 layer=layer.layer_index,
@@ -415,9 +490,18 @@ class Binding:
         )
 
     def after(self, model: Any, args: tuple[Any, ...], output: Any) -> None:
-        for layer, row in zip(self.layers, self._rows, strict=False):
+        shards = self.layers[0].context.shards if self.layers[0].context is not None else None
+        measured = self.run.guard.collect(
+            ((layer.layer_name, layer.measured) for layer in self.layers if layer.called),
+            None if shards is None else shards.group,
+        )
+        for layer, row, bias_backend in zip(self.layers, self._rows, self._bias_backends, strict=False):
             if not layer.called:
                 continue
+            if layer.guarded and layer.late_reason is None:
+                row = replace(row, agreement=measured.get(layer.layer_name))
+                if row.agreement is None:
+                    self.run.report.note("the guard sees nothing of calls that a CUDA graph replays")
             if layer.late_reason is not None:
                 row = Row(row.layer, row.name, row.step, row.branch, "dense", 1.0, row.tokens, layer.late_reason)
             elif layer.selected is not None:
@@ -425,7 +509,7 @@ class Binding:
                 self._check_fast(backend, backend_reason, layer.device_type)
                 row = replace(row, backend=backend, backend_reason=backend_reason, density=density)
             elif layer.biased and row.reason is None:
-                backend, backend_reason = self._bias_backend
+                backend, backend_reason = bias_backend
                 self._check_fast(backend, backend_reason, layer.device_type)
                 row = replace(row, backend=backend, backend_reason=backend_reason)
             self.run.report.add(row)
@@ -441,6 +525,13 @@ class Binding:
         if self.run.is_last_step:
             # What was kept serves nobody any more; the video is still to be decoded.
             self.run.forget(self.run.branch)
+
+    def _dealt(self, shards: Shards | None, forward: _Forward, parts: Parts | None, memory: Any) -> Shards | None:
+        """A layer's shards, with the heads as they were dealt out to the ranks."""
+        if shards is None or parts is None or memory is None or not may_deal(parts, shards):
+            return shards
+        # From the first step on, so that torch.compile sees tensors of one kind in all steps.
+        return shards.dealt(memory.heads or tuple(range(shards.num_heads)), forward.device)
 
     def _check_fast(self, backend: str, reason: str | None, device_type: str) -> None:
         """Note a slow backend on a GPU; under `strict` raise."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vidsparse.guard import Guard
 from vidsparse.layout import TokenLayout
 from vidsparse.parts import LayerMemory, MemoryBudget, Parts
 from vidsparse.processors.parallel import Shards
@@ -42,6 +43,7 @@ class AttentionContext:
         projection: the layer's trained projection, for methods that have one.
         generator: for methods that draw random numbers; none does yet.
         shards: how the tokens lie on the ranks of a context-parallel group, None on one device.
+        guarded: whether sampled rows of the call are compared with exact attention.
     """
 
     layer_index: int
@@ -58,6 +60,7 @@ class AttentionContext:
     projection: torch.nn.Linear | None = None
     generator: torch.Generator | None = None
     shards: Shards | None = None
+    guarded: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -74,7 +77,8 @@ class RunState:
 
     def __init__(self, num_steps: Callable[[], int | None] | None = None) -> None:
         self.report = Report()
-        self.parts: dict[tuple[TokenLayout, str], tuple[Parts, str | None]] = {}
+        self.parts: dict[tuple[SparseProcessor, TokenLayout, str], tuple[Parts, str | None]] = {}
+        self.guard = Guard()
         self.budget = MemoryBudget()
         self._memories: dict[tuple[str, str | None], LayerMemory] = {}
         self._ask_num_steps = num_steps
@@ -93,6 +97,7 @@ class RunState:
         self._calls_at_timestep = 0
         self._branches: set[str] = set()
         self._starting = True
+        self.guard.reset()
         self.forget()
 
     def forget(self, branch: str | None = None) -> None:
@@ -101,6 +106,12 @@ class RunState:
             if branch is None or of == branch:
                 self._memories.pop((name, of)).clear()
         self.budget.refused = 0
+
+    def forget_layer(self, layer_name: str) -> None:
+        """Drop what one layer kept, of all branches: it goes on with other settings."""
+        for name, branch in list(self._memories):
+            if name == layer_name:
+                self._memories[name, branch].clear()
 
     @property
     def is_last_step(self) -> bool:
@@ -180,10 +191,15 @@ class RunState:
         self._last_timestep = value
 
     def parts_of(
-        self, processor: SparseProcessor, layout: TokenLayout, device: torch.device, layouts: int = 1
+        self,
+        processor: SparseProcessor,
+        layout: TokenLayout,
+        device: torch.device,
+        layouts: int = 1,
+        quiet: bool = False,
     ) -> Parts:
         """The method on a layout, its static mask built once per layout and device; `layouts` of them in one forward."""
-        where = (layout, str(device))
+        where = (processor, layout, str(device))
         if where not in self.parts:
             while len(self.parts) >= max(MAX_MASKS, layouts):
                 self.parts.pop(next(iter(self.parts)))
@@ -191,7 +207,7 @@ class RunState:
             with torch.inference_mode(False):
                 self.parts[where] = processor.parts_with_reuse(layout, device)
         parts, note = self.parts[where]
-        if note is not None:
+        if note is not None and not quiet:
             self.report.note(note)
         return parts
 

@@ -18,10 +18,11 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from vidsparse.attention import attend
 from vidsparse.errors import DenseFallbackError, UnboundProcessorError, UnsupportedModelError
+from vidsparse.guard import measure
 from vidsparse.processors.context import AttentionContext
 from vidsparse.processors.families import Family
 from vidsparse.processors.fused import fused_form
-from vidsparse.processors.parallel import attend_over_ranks
+from vidsparse.processors.parallel import attend_over_ranks, note_loads
 
 ATTENTION_MASK = "attention mask that is not one per key"
 MASKED_VIDEO = "video tokens masked, which a correction for dropped blocks does not see"
@@ -55,6 +56,8 @@ class LayerProcessor:
     late_reason: str | None
     recent: dict[int, AttentionContext]
     selected: tuple[str, str, Any] | None
+    guarded: bool
+    measured: list[torch.Tensor]
     device_type: str
     key_mask: Callable[[torch.Tensor], torch.Tensor] | None
     pairwise_mask: bool
@@ -177,14 +180,19 @@ class LayerProcessor:
     ) -> torch.Tensor:
         """Sparse attention over the whole sequence, in the heads of this device."""
         selects = context.parts is not None and not context.parts.is_static
-        if torch.compiler.is_compiling() and (selects or self._finds_length_at_run_time()):
-            # What selects from query and key keeps state between steps: one opaque call in the graph.
+        if torch.compiler.is_compiling() and (selects or self.guarded or self._finds_length_at_run_time()):
+            # What selects from query and key keeps state between steps: one opaque call in the graph. So does the guard.
             return _attend_layer(query, key, value, key_bias, self.handle, scale)
         out, selection = attend(query, key, value, context, key_bias=key_bias, scale=scale)
         self.device_type = query.device.type
+        note_loads(context.memory, selection, context.shards)
         if selection is not None and selection.backend is not None:
             # Not the selection itself, which would keep the lists of all layers until the next forward.
             self.selected = (*selection.backend, 1.0 if selection.exact else selection.density)
+        if context.guarded and not torch.compiler.is_compiling():
+            found = measure(query, key, value, out, context, key_bias, scale)
+            if found is not None:
+                self.measured.append(found)
         return out
 
     def _finds_length_at_run_time(self) -> bool:
@@ -353,6 +361,7 @@ def make_layer(original: Any, family: Family, *, index: int, name: str, strict: 
     layer.sparse, layer.called, layer.biased, layer.late_reason = False, False, False, None
     layer.fuses = False
     layer.context, layer.lengths, layer.recent, layer.selected = None, {}, {}, None
+    layer.guarded, layer.measured = False, []
     layer.device_type = "cpu"
     layer.key_mask, layer.pairwise_mask = family.key_mask, family.pairwise_mask
     layer._attention_backend = getattr(original, "_attention_backend", None)

@@ -126,9 +126,9 @@ def triton_sampled_error(
     batch, _, num_heads, head_dim = query.shape
     seq_len_kv, begin, num_sampled = key.shape[1], heads[0], heads[1] - heads[0]
     block_d, rows = max(16, triton.next_power_of_2(head_dim)), max(16, triton.next_power_of_2(count))
-    tiles = triton.cdiv(seq_len_kv, BLOCK_N)
-    tiles_per_run = triton.cdiv(tiles, max(1, min(MAX_RUNS, tiles, PROGRAMS // (batch * num_sampled))))
-    num_runs = triton.cdiv(tiles, tiles_per_run)
+    tiles = -(-seq_len_kv // BLOCK_N)
+    tiles_per_run = -(-tiles // max(1, min(MAX_RUNS, tiles, PROGRAMS // (batch * num_sampled))))
+    num_runs = -(-tiles // tiles_per_run)
     pairs = batch * num_sampled * rows
     acc = torch.empty((pairs, num_runs, block_d), dtype=torch.float32, device=query.device)
     largest, total = torch.empty((2, pairs, num_runs), dtype=torch.float32, device=query.device).unbind()
