@@ -9,6 +9,10 @@ gives it. Each variant runs eager and with its blocks compiled one by one (what 
 compiled is to be compared with compiled. A row counts everything inside a block; making the mask of a static method is
 timed apart (`mask_s`), and `video_speedup` counts it once in 50 steps of two guidance branches. Dense steps and layers
 are off: a row says what one sparse step costs. What would not end within `--seconds` is left out, and said.
+
+    torchrun --nproc-per-node 2 scripts/bench_models.py --cases wan-14b-720p81 --output two.json
+
+Each case then runs on one GPU and on all, the heads shared out by Ulysses.
 """
 
 from __future__ import annotations
@@ -170,6 +174,9 @@ CASES: dict[str, Case] = {
 FORWARDS = 100
 """Of a generation with 50 steps and two guidance branches."""
 
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+"""Processes that torchrun started, one for each GPU."""
+
 COMPILE_SECONDS = 20.0
 """Kept back for compiling a block, from experience."""
 
@@ -179,7 +186,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     cases = ",".join(name for name in CASES if name != TINY)
     parser.add_argument("--cases", default=cases, help="comma-separated, most important first, of " + ", ".join(CASES))
-    parser.add_argument("--eager-only", action="store_true", help="without torch.compile")
+    parser.add_argument("--modes", default="eager,compiled", help="eager, compiled or both")
     parser.add_argument("--backend", default="inductor", help="backend of torch.compile")
     parser.add_argument("--device", default="cuda", help="only the case tiny is for a CPU")
     parser.add_argument("--forward-seconds", type=float, default=13.0, help="no whole forward that would take longer")
@@ -197,15 +204,41 @@ def main(given: list[str] | None = None) -> int:
         "rows": [],
     }
     deadline = time.monotonic() + arguments.seconds
+    if WORLD > 1:
+        rank = int(os.environ["LOCAL_RANK"])
+        if arguments.device == "cuda":
+            torch.cuda.set_device(rank)
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if arguments.device == "cuda" else "gloo")
+        arguments.output = arguments.output if rank == 0 else None
     for name in arguments.cases.split(","):
         for row in run_case(name, CASES[name], arguments, deadline):
             result["rows"].append(row)
+            if WORLD > 1 and torch.distributed.get_rank():
+                continue
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
             if arguments.output:
                 arguments.output.write_text(json.dumps(result, indent=1) + "\n")
         if arguments.device == "cuda":
             torch.cuda.empty_cache()
+    if WORLD > 1:
+        torch.distributed.destroy_process_group()
     return 0
+
+
+def agreed(value: bool) -> bool:
+    """What the first process says, so that all do the same."""
+    if WORLD == 1:
+        return value
+    said = [value]
+    torch.distributed.broadcast_object_list(said, src=0, device=torch.device("cpu"))
+    return said[0]
+
+
+def share_out(model: Any) -> None:
+    """Tokens and heads of a model over all GPUs."""
+    from diffusers import ContextParallelConfig  # pyright: ignore[reportPrivateImportUsage]
+
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=WORLD))
 
 
 def build(case: Case, device: torch.device) -> Any:
@@ -228,32 +261,44 @@ def run_case(name: str, case: Case, arguments: argparse.Namespace, deadline: flo
     if case.published is not None:
         variants.append(("published", case.published))
     clock = Clock(torch.device(arguments.device))
-    model, inputs, stock, mask_seconds = None, None, {}, {}
-    for compiled in (False,) if arguments.eager_only else (False, True):
+    model, inputs, mask_seconds = None, None, {}
+    # Seconds of all blocks by number of GPUs and mode, and of the blocks as measured first.
+    stock: dict[Any, Any] = {}
+    modes = [(gpus, mode == "compiled") for gpus in sorted({1, WORLD}) for mode in arguments.modes.split(",")]
+    shared = False
+    for gpus, compiled in modes:
         for label, method in variants:
-            row = {"case": name, "variant": label, "compiled": compiled}
+            row = {"case": name, "variant": label, "compiled": compiled, "gpus": gpus}
             # Four forwards of one block of each kind, whose time is known after the first row.
-            needed = 4 * sum(stock.get((False, "blocks"), {"": 5000.0}).values()) / 1000
-            if time.monotonic() + needed + (COMPILE_SECONDS if compiled else 0) > deadline:
+            needed = 4 * sum(stock.get("blocks", {"": 5000.0}).values()) / 1000
+            if agreed(time.monotonic() + needed + (COMPILE_SECONDS if compiled else 0) > deadline):
                 print(f"{name}, {label}, {'compiled' if compiled else 'eager'}: not started, it would not end in time")
                 continue
             if model is None:
                 model, inputs = build(case, clock.device), case.inputs(clock.device)
+            if gpus > 1 and not shared:
+                share_out(model)
+                shared = True
             handle = None
             try:
                 if method is not None:
                     handle = vidsparse.apply(model, Recipe.from_options(method[0], **method[1], **TIMED))
-                    if label not in mask_seconds:
+                    if agreed(label not in mask_seconds):
                         mask_seconds[label] = seconds_of_mask(model, inputs, handle, clock)
                 before = time.perf_counter()
-                if compiled:
-                    for block in (block for key in case.repeats for block in getattr(model, key)):
-                        block.compile(fullgraph=True, backend=arguments.backend)
+                if gpus > 1 and compiled:
+                    # In their first call the hooks of diffusers do what cannot be traced.
+                    one_forward(model, inputs, clock)
+                for block in (block for key in case.repeats for block in getattr(model, key) if compiled):
+                    block.compile(fullgraph=True, backend=arguments.backend)
                 one_forward(model, inputs, clock)
                 first = time.perf_counter() - before
                 blocks = block_times(model, inputs, case, clock)
                 total = sum(case.repeats[key] * value for key, value in blocks.items()) / 1000
-                in_time = total < arguments.forward_seconds and time.monotonic() + total < deadline
+                # On several GPUs the first block is where diffusers splits the tokens, so it cannot stand for the others.
+                in_time = gpus == 1 and agreed(
+                    total < arguments.forward_seconds and time.monotonic() + total < deadline
+                )
                 forward = whole_forward(model, case, inputs, clock) if in_time else None
             except Exception as error:
                 yield row | {"error": f"{type(error).__name__}: {error}".split("\n")[0][:300]}
@@ -267,8 +312,8 @@ def run_case(name: str, case: Case, arguments: argparse.Namespace, deadline: flo
                 if handle is not None:
                     handle.remove()
             if method is None:
-                stock |= {(compiled, "total"): total, (compiled, "blocks"): blocks}
-            against = stock.get((compiled, "total"))
+                stock |= {(gpus, compiled): total, "blocks": stock.get("blocks", blocks)}
+            against = stock.get((gpus, compiled))
             mask = mask_seconds.get(label, 0.0)
             yield row | {
                 "density": 1.0 if report is None else round(report.sparse_density or 1.0, 4),
@@ -334,7 +379,7 @@ def seconds_of_mask(model: Any, inputs: Any, handle: Any, clock: Clock) -> float
 def block_times(model: Any, inputs: Any, case: Case, clock: Clock) -> dict[str, float]:
     """Milliseconds of the one block of each kind, the median of five; of one where that takes seconds."""
     with timed_blocks(model, case, clock) as times:
-        long = one_forward(model, inputs, clock) > 1
+        long = agreed(one_forward(model, inputs, clock) > 1)
         for _ in range(0 if long else 4):
             # Without waiting, so that a block of a short sequence does not wait for the host more than in a generation.
             model(**inputs, return_dict=False)
@@ -372,7 +417,7 @@ def whole_forward(model: Any, case: Case, inputs: Any, clock: Clock) -> float:
     try:
         seconds = one_forward(model, inputs, clock)
         # A block may be compiled once more for its own output as input, and short forwards vary.
-        return min(one_forward(model, inputs, clock) for _ in range(3)) if seconds < 4 else seconds
+        return min(one_forward(model, inputs, clock) for _ in range(3)) if agreed(seconds < 4) else seconds
     finally:
         for key, blocks in saved.items():
             setattr(model, key, blocks)

@@ -21,7 +21,7 @@ import vidsparse
 from vidsparse.errors import ConfigError
 from vidsparse.layout import LatentGrid, TokenLayout
 from vidsparse.parts import Parts
-from vidsparse.processors.parallel import NO_PLAN, RING, TEXT_LAST, Shards, make_shards, refusal
+from vidsparse.processors.parallel import NO_PLAN, RING, TEXT_LAST, Shards, deal, make_shards, refusal
 from vidsparse.testing import CASES, randn
 from vidsparse_kernels import BlockMask
 
@@ -174,16 +174,43 @@ def with_gradients(processor: Any = RandomBlocks, **config: Any) -> dict[str, An
     return result
 
 
-def compiled(name: str, processor: Any) -> dict[str, Any]:
-    model, given = build(name), inputs(name)
-    model.set_attn_processor(processor(**OPTIONS, strict=True))
-    want = run(model, given)
+def compiled(name: str, processor: Any, **config: Any) -> dict[str, Any]:
+    """Four steps, the last two without a new graph; heads may be dealt out from the second on."""
+    model, given = build(name, **config), inputs(name)
+    steps = [{**given, "timestep": given["timestep"] * (1 - 0.1 * step)} for step in range(4)]
+    bound = processor(**OPTIONS, strict=True)
+    model.set_attn_processor(bound)
+    want = [run(model, each) for each in steps]
     parallel(model)
-    run(model, given)  # In their first call the hooks of diffusers do what cannot be traced.
+    run(model, steps[0])  # In their first call the hooks of diffusers do what cannot be traced.
     model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
-    got = run(model, given)
+    model.set_attn_processor(bound)
+    got = [run(model, each) for each in steps[:2]]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        got += [run(model, each) for each in steps[2:]]
     torch._dynamo.reset()
-    return {"want": want, "got": got}
+    return {"want": torch.stack(want), "got": torch.stack(got)}
+
+
+def dealt(method: str, **options: Any) -> dict[str, Any]:
+    """Five steps of a model whose first two heads look at little and whose last two look at much."""
+    model, given = build("Wan", num_attention_heads=4), inputs("Wan")
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn1.norm_q.weight.view(4, -1).mul_(torch.tensor([30.0, 30.0, 0.1, 0.1])[:, None])
+
+    def steps() -> tuple[list[torch.Tensor], Any]:
+        handle = vidsparse.apply(model, method, **OPTIONS, strict=True, **options)
+        out = [run(model, {**given, "timestep": torch.full((2,), 900.0 - 100 * step)}) for step in range(5)]
+        memories = [handle._run.memory(layer.layer_name, None) for layer in handle._bindings["transformer"].layers]
+        found = [(memory.loads, memory.heads) for memory in memories]
+        handle.remove()
+        return out, found
+
+    want, _ = steps()
+    parallel(model)
+    got, found = steps()
+    return {"want": torch.stack(want), "got": torch.stack(got), "layers": found}
 
 
 def refusals() -> dict[str, str]:
@@ -219,7 +246,17 @@ def scenarios() -> dict[str, Any]:
         results["uneven tokens and heads"] = pair("Wan", rows=10, anything=True, config={"num_attention_heads": 3})
         results["uneven text with padding"] = pair("Qwen-Image", text=9, anything=True)
         results["blocks selected from the tokens"] = pair("Flux", Selecting)
-        results["compiled"] = {"a mask": compiled("Flux", RandomBlocks), "a selection": compiled("Wan", Selecting)}
+        clusters = {"q_clusters": 5, "k_clusters": 6, "top_p": 0.6, "min_share": 0.0}
+        results["dealt"] = {
+            "blocks": dealt("pooled", top_p=0.6),
+            "clusters": dealt("semantic", **clusters),
+            "kept for two steps": dealt("pooled", top_p=0.6, refresh_every=2, keep="state"),
+        }
+        results["compiled"] = {
+            "a mask": compiled("Flux", RandomBlocks),
+            "a selection": compiled("Wan", Selecting),
+            "dealt heads": compiled("Wan", functools.partial(Selecting, top_p=0.6), num_attention_heads=4),
+        }
         results["refusals"] = refusals()
     results["gradients"] = with_gradients()
     return results
@@ -315,6 +352,33 @@ def test_two_processes_equal_one(ranks, name, tokens):
                 assert (backend != "dense", reason, length) == (True, None, tokens)
 
 
+@pytest.mark.parametrize("name", ["blocks", "clusters", "kept for two steps"])
+def test_heads_are_dealt_by_what_they_compute(ranks, name):
+    layers = zip(*(rank["dealt"][name]["layers"] for rank in ranks), strict=True)
+    for (first, heads), (second, others) in layers:
+        loads = torch.cat([first, second])
+        assert heads == others and sorted(heads) == [0, 1, 2, 3], "every rank deals alike"
+        before, after = (
+            max(loads[hand].sum() for hand in hands) for hands in ([[0, 1], [2, 3]], [[*heads[:2]], [*heads[2:]]])
+        )
+        assert after < 0.85 * before, f"contiguous heads would keep one rank waiting: {loads.tolist()}"
+    for rank in ranks:
+        found = rank["dealt"][name]
+        assert (found["want"][1:] - found["want"][:-1]).abs().amax((1, 2, 3, 4, 5)).min() > 0
+        torch.testing.assert_close(found["got"], found["want"], atol=1e-5, rtol=1e-4)
+
+
+def test_dealing():
+    assert deal([1.0, 2.0, 3.0, 4.0], 2) == (0, 3, 1, 2)
+    assert deal([9.0, 1.0, 1.0, 1.0], 2) == (0, 3, 1, 2), "as many for each, whatever they weigh"
+    loads = torch.rand(40, generator=torch.Generator().manual_seed(0)).exp().pow(3).tolist()
+    heads = deal(loads, 8)
+    shares = [sum(loads[h] for h in heads[first : first + 5]) for first in range(0, 40, 5)]
+    contiguous = [sum(loads[first : first + 5]) for first in range(0, 40, 5)]
+    assert sorted(heads) == list(range(40))
+    assert max(shares) < 1.05 * sum(shares) / 8 < max(contiguous)
+
+
 @pytest.mark.parametrize("which", ["got", "replayed"])
 def test_gradients_of_the_ranks_add_up(ranks, which):
     for rank in ranks:
@@ -327,7 +391,7 @@ def test_gradients_of_the_ranks_add_up(ranks, which):
             )
 
 
-@pytest.mark.parametrize("name", ["a mask", "a selection"])
+@pytest.mark.parametrize("name", ["a mask", "a selection", "dealt heads"])
 def test_compiled_without_graph_breaks(ranks, name):
     for rank in ranks:
         found = rank["compiled"][name]
