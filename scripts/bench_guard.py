@@ -3,10 +3,10 @@
     python scripts/bench_guard.py --output guard.json
 
 For every shape: the sparse call of `radial` at its defaults and of `pooled` at density 0.2, the guard's comparison of
-sampled rows (three launches: `vidsparse.guard`), and the call with it. Times are medians of CUDA events, taken in turns;
+sampled rows (two launches: `vidsparse.guard`), and the call with it. Times are medians of CUDA events, taken in turns;
 `host_ms` is what the comparison takes on the host while the GPU works. Counted before it was measured: with R = 32 rows
-in a quarter of the heads the comparison is 4 R N d H / 4 FLOPs beside the call's 4 N^2 d H density, R / (4 N density) of
-it; what it costs is reading a quarter of key and value, N H d bytes in bf16.
+in a sixth of the heads the comparison is 4 R N d H / 6 FLOPs beside the call's 4 N^2 d H density, R / (6 N density) of
+it; what it costs is reading a sixth of key and value, 4 N H d / 6 bytes in bf16.
 
 First the kernel is checked against float64, and a call with the guard is run with torch's check for synchronisation on.
 """

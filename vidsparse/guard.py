@@ -5,7 +5,7 @@ is right, over sampled rows and heads, with everything that a method does for wh
 22 %. It is not the share of the softmax mass in the computed blocks (recall): that knows nothing of the values, would call
 an output bad for what its correction makes good, and would miss a correction, or a kernel, that is wrong.
 
-In a call 32 rows of the video, evenly spread, are compared in a quarter of the heads; rows and heads move on with step and
+In a call 32 rows of the video, evenly spread, are compared in a sixth of the heads; rows and heads move on with step and
 layer, and do not depend on chance. The numbers stay on the device. Once a step, before its first forward, those of the
 step before are read, all layers in one copy that was begun right after the forward. A layer below the target attends at
 twice its density from this step on, then at four times, then dense; it never goes back within one generation, and all
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 ROWS = 32
 """Query rows of a call, for each sampled head."""
 
-HEAD_GROUPS = 4
-"""A call samples one of so many groups of heads."""
+HEAD_GROUPS = 6
+"""A call samples one of so many groups of heads, the groups in turn."""
 
 FACTOR = 2.0
 """By which a density rises at a time."""
@@ -105,16 +105,20 @@ class Guard:
         """Take in what the layers of one forward measured, in one copy to the host that nobody waits for.
 
         Args:
-            found: layer names and, for each call, fp32 `[batch, 2]`.
+            found: layer names and, for each call, what `measure` gave.
             group: of ranks that share the heads, whose sums belong together; None for one device.
 
         Returns:
             What was measured, by layer.
         """
-        by_layer = [(name, torch.cat(sums)) for name, sums in found if sums]
-        if not by_layer:
+        by_layer = [(name, calls) for name, calls in found if calls]
+        calls = [call for _, of_layer in by_layer for call in of_layer]
+        if not calls:
             return {}
-        together = torch.cat([sums for _, sums in by_layer])
+        if all(call.shape == calls[0].shape for call in calls):
+            together = torch.stack(calls).sum(2).flatten(0, 1)
+        else:
+            together = torch.cat([call.sum(1) for call in calls])
         if group is not None:
             collectives = torch.ops._c10d_functional
             together = collectives.wait_tensor(collectives.all_reduce(together, "sum", group))
@@ -122,7 +126,7 @@ class Guard:
         if together.device.type == "cuda":
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(together.device))
-        parts = host.split([len(sums) for _, sums in by_layer])
+        parts = host.split([sum(len(call) for call in of_layer) for _, of_layer in by_layer])
         measured = {name: Measured(part, ready) for (name, _), part in zip(by_layer, parts, strict=True)}
         self._pending += measured.items()
         return measured
@@ -180,7 +184,7 @@ def measure(
     key_bias: torch.Tensor | None,
     scale: float | None,
 ) -> torch.Tensor | None:
-    """Squared error and norm of the sampled rows of a call, fp32 `[batch, 2]` on its device.
+    """Squared error and norm of the sampled rows of a call, fp32 `[batch, rows, 2]` on its device.
 
     None while a CUDA graph is recorded, which would replay one step's sample for ever.
 
@@ -215,5 +219,6 @@ def sample(context: AttentionContext, num_heads: int) -> tuple[int, int, int, in
     step, layer = context.step_index or 0, context.layer_index
     offset = int((layer * STRIDES[0] + step * STRIDES[1]) % 1.0 * among)
     size = -(-num_heads // HEAD_GROUPS)
-    begin = (step + layer) % -(-num_heads // size) * size
-    return context.layout.text_before, among, min(ROWS, among), offset, (begin, min(begin + size, num_heads))
+    # The last group overlaps the one before it, so that all are of one size.
+    begin = min((step + layer) % -(-num_heads // size) * size, num_heads - size)
+    return context.layout.text_before, among, min(ROWS, among), offset, (begin, begin + size)

@@ -74,7 +74,8 @@ def test_agreement_is_that_of_the_corrected_output(method: str) -> None:
         first, among, count, offset, (begin, end) = sample(context, 4)
         rows = first + (torch.arange(count) * among + offset) // count
         found = measure(query, key, value, out, context, None, None)
-        assert found is not None and found.shape == (2, 2)
+        assert found is not None and found.shape == (2, 32 * (end - begin), 2)
+        found = found.sum(1)
         wanted, got = (x[:, rows, begin:end].double() for x in (truth, out))
         error, norm = (got - wanted).square().sum((1, 2, 3)), wanted.square().sum((1, 2, 3))
         assert torch.allclose(found.double(), torch.stack([error, norm], 1), rtol=1e-4)
@@ -285,7 +286,7 @@ def test_a_share_of_the_mass_is_raised_too() -> None:
 
 
 def test_decisions_are_made_once_a_step() -> None:
-    guard, low, high = Guard(), torch.tensor([[0.5, 1.0]]), torch.tensor([[0.01, 1.0]])
+    guard, low, high = Guard(), torch.tensor([[[0.2, 0.5], [0.3, 0.5]]]), torch.tensor([[[0.01, 1.0]]])
     assert guard.decide(3, 0.9) == {}
     guard.collect([("a", [high, low]), ("b", [high]), ("c", [])], None)
     assert guard.decide(3, 0.9) == {}, "the second branch of a step attends as the first did"

@@ -44,21 +44,21 @@ def test_row_by_row(data: st.DataObject) -> None:
     rows = [first + (i * among + offset) // count for i in range(count)]
     assert len(set(rows)) == count and first <= min(rows) and max(rows) < first + among
     for b in range(batch):
-        error = norm = 0.0
+        wanted = []
         for head in range(begin, end):
             logits = q[b, :, head] @ k[b, :, head // groups].T / math.sqrt(8)
             logits = logits + bias[b, head if bias.shape[1] > 1 else 0].double()
             exact = logits.softmax(-1) @ v[b, :, head // groups]
-            error += float((out[b, rows, head] - exact[rows]).square().sum())
-            norm += float(exact[rows].square().sum())
-        assert found[b].tolist() == pytest.approx([error, norm], rel=1e-5)
+            error = (out[b, rows, head] - exact[rows]).square().sum(-1)
+            wanted.append(torch.stack([error, exact[rows].square().sum(-1)], 1))
+        assert torch.allclose(found[b].double(), torch.cat(wanted), rtol=1e-5)
 
 
 def test_exact_output_has_no_error() -> None:
     q, k, v = make_qkv(seq_len_q=100, dtype=torch.float64)
     x = torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
-    error, norm = sampled_error(q, k, v, x)[0].tolist()
-    assert error < 1e-25 * norm and norm > 0
+    error, norm = sampled_error(q, k, v, x)[0].unbind(-1)
+    assert bool((error < 1e-25 * norm).all() and (norm > 0).all())
     assert torch.equal(sampled_error(q, k, v, x), sampled_error(q, k, v, x))
 
 
@@ -102,7 +102,7 @@ for batch, length, heads, kv_heads, head_dim, biased, count, sampled, first in [
         bias[-1] = -torch.inf if length == 40 else bias[-1]  # rows without any key
     options = dict(first=first, among=length - first - 5, count=count, offset=17, heads=sampled, key_bias=bias)
     got, want = (sampled_error(q, k, v, out, backend=name, **options) for name in ("triton", "reference"))
-    assert torch.allclose(got, want, rtol=1e-5, atol=0), (got, want)
+    assert torch.allclose(got, want, rtol=2e-5, atol=0), (got, want)
 print("checked")
 """
 
@@ -167,5 +167,7 @@ def test_on_a_gpu(dtype: torch.dtype, head_dim: int) -> None:
         first, second = (sampled_error(q, k, v, out, backend="triton", **options) for _ in range(2))
         truth = sampled_error(*(x.double() for x in (q, k, v, out)), **options)
         assert torch.equal(first, second)
-        # Zeros for the output: error and norm are both the norm of the exact rows.
-        assert torch.allclose(first, truth, rtol=8 * torch.finfo(dtype).eps), (first, truth)
+        # Zeros for the output: error and norm are both the norm of the exact rows. A row alone has the error of its logits.
+        eps = torch.finfo(dtype).eps
+        assert torch.allclose(first.sum(1), truth.sum(1), rtol=8 * eps), (first, truth)
+        assert torch.allclose(first, truth, rtol=16 * eps)

@@ -48,7 +48,8 @@ def sampled_error(
         backend: "auto", "reference" or "triton".
 
     Returns:
-        fp32 `[batch, 2]`, on the device of `query`: the squared error, and the squared norm of exact attention.
+        fp32 `[batch, sampled heads * count, 2]`, on the device of `query`: for each row of each head the squared error
+        and the squared norm of exact attention.
 
     Raises:
         ValueError: a shape or number does not fit.

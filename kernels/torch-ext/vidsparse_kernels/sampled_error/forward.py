@@ -122,7 +122,7 @@ def triton_sampled_error(
     heads: tuple[int, int],
     scale: float | None,
 ) -> Tensor:
-    """As `sampled_error_reference`, in three launches."""
+    """As `sampled_error_reference`, in two launches."""
     batch, _, num_heads, head_dim = query.shape
     seq_len_kv, begin, num_sampled = key.shape[1], heads[0], heads[1] - heads[0]
     block_d, rows = max(16, triton.next_power_of_2(head_dim)), max(16, triton.next_power_of_2(count))
@@ -150,9 +150,9 @@ def triton_sampled_error(
         launch = _compare[(count, num_sampled, batch)]
         launch(
             acc, largest, total, out, result, *out.stride(), first, among, count, offset, begin, num_runs,
-            **shape, RUNS=triton.next_power_of_2(num_runs), STEP=16, num_warps=2,
+            **shape, RUNS=triton.next_power_of_2(num_runs), STEP=64, num_warps=4,
         )  # fmt: skip
-    return result.sum(1)
+    return result
 
 
 def _bias(key_bias: Tensor | None, query: Tensor) -> tuple[Tensor, tuple[int, int, int]]:

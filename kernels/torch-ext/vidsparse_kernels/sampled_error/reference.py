@@ -27,7 +27,7 @@ def sampled_error_reference(
     heads: tuple[int, int],
     scale: float | None,
 ) -> Tensor:
-    """Squared error and squared norm of the sampled rows, `[batch, 2]`."""
+    """Squared error and squared norm of the sampled rows, head after head, `[batch, heads * count, 2]`."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     rows = sampled_rows(first, among, count, offset, query.device)
     begin, end = heads
@@ -48,4 +48,4 @@ def sampled_error_reference(
     # A row without any key gives 0.
     exact = torch.nan_to_num(logits.softmax(-1)) @ v
     error = out[:, rows, begin:end].transpose(1, 2).to(dtype) - exact
-    return torch.stack([error.square().sum((1, 2, 3)), exact.square().sum((1, 2, 3))], 1).float()
+    return torch.stack([error.square().sum(3), exact.square().sum(3)], 3).flatten(1, 2).float()
