@@ -125,7 +125,8 @@ class Evaluator:
         self, method: Method, prompts: list[str], seeds: list[int]
     ) -> tuple[Tensor, float, float, dict | None]:
         """Clips `[B, 3, T, H, W]` uint8, seconds of denoising and of decoding, and the report."""
-        handle = vidsparse.apply(self.pipe, method.name, **method.options) if method.name != "dense" else None
+        what = method.name if method.recipe is None else vidsparse.Recipe.from_dict(method.recipe)
+        handle = vidsparse.apply(self.pipe, what, **method.options) if method.name != "dense" else None
         try:
             start = self._now()
             output: Any = self.pipe(

@@ -26,6 +26,7 @@ class TunedFor:
         grid: latent grid of the video.
         num_steps: denoising steps.
         device: name of the device whose times were weighed.
+        weights: commit or sha256 of the model's files.
         psnr: against dense, mean over the clips it was tuned on, in dB.
     """
 
@@ -33,6 +34,7 @@ class TunedFor:
     grid: LatentGrid | None = None
     num_steps: int | None = None
     device: str | None = None
+    weights: str | None = None
     psnr: float | None = None
 
     def check_grid(self, grid: LatentGrid) -> None:

@@ -34,6 +34,7 @@ from .load import LoadedPipeline, load_pipeline
 from .model_info import inspect_model
 from .progress import Observer
 from .provenance import model_identity
+from .recipe_file import check_recipe, read_recipe
 from .runfile import compact_report, write_json
 from .settings import GenerateSettings
 from .video import output_error
@@ -58,12 +59,14 @@ class Method:
         name: of the method.
         options: of the method and its schedule.
         backend: dense attention backend of diffusers, None for its default.
+        recipe: of a file, in its plain form, in place of name and options.
     """
 
     label: str
     name: str
     options: dict[str, Any]
     backend: str | None = None
+    recipe: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,14 @@ class Clip:
 
 
 def parse_recipe(text: str) -> Method:
-    """`NAME:OPTION=VALUE:...`, such as `radial:density=0.3:warmup_steps=4`.
+    """`NAME:OPTION=VALUE:...`, such as `radial:density=0.3:warmup_steps=4`, or the path of a recipe's .json file.
 
     Raises:
         ConfigError: another form, an unknown method or option, or a value out of range.
     """
+    if text.strip().endswith(".json"):
+        recipe = read_recipe(text.strip())
+        return Method(text.strip(), recipe["method"], {}, recipe=recipe)
     name, *pairs = text.strip().split(":")
     options: dict[str, Any] = {}
     for pair in pairs:
@@ -189,7 +195,7 @@ class Comparison:
     def key(self, method: Method, clip: Clip) -> str:
         """Name of a clip's files: readable, and with a hash over all that determines it."""
         settings = self._of(method, clip).to_dict()
-        if method.name != DENSE:
+        if method.name != DENSE and method.recipe is None:
             settings["method_options"] = {**method_options(method.name), **method.options}
         whole = [settings, self._identity, method.backend, device_name(self._device())]
         digest = hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:12]
@@ -208,8 +214,9 @@ class Comparison:
 
     def _of(self, method: Method, clip: Clip) -> GenerateSettings:
         return self.settings.with_(
-            prompt=clip.prompt, seed=clip.seed, sparse=method.name, method_options=dict(method.options)
-        )
+            prompt=clip.prompt, seed=clip.seed, sparse=method.name, method_options=dict(method.options),
+            recipe=method.recipe,
+        )  # fmt: skip
 
     def _kept(self, method: Method, clip: Clip) -> dict[str, Any] | None:
         """What is known of a finished clip; None where it has to be made."""
@@ -486,6 +493,8 @@ def prepare(
             raise ConfigError("Prompts are made up for the bundled model only; give --prompt or --prompt-file.")
         prompts = list(held_out_prompts(num_prompts))
     full, notes = resolve_settings(GenerateSettings(prompt=prompts[0][0], **{**settings, "seed": first_seed}), info)
+    for method in methods:
+        notes += check_recipe(full.with_(recipe=method.recipe), info)
     clips = [Clip(text, first_seed + seed, spec) for text, spec in prompts for seed in range(seeds)]
     if len({(clip.prompt, clip.seed) for clip in clips}) < len(clips):
         raise ConfigError("A prompt is given twice.")

@@ -17,6 +17,7 @@ import torch
 
 import vidsparse
 from vidsparse.errors import ConfigError, OutOfMemory, OutputError, UnsupportedModelError
+from vidsparse.recipe import Recipe
 
 from .bundled import BUNDLED_MODEL
 from .decode import can_stream, stream_frames, to_uint8
@@ -29,6 +30,7 @@ from .progress import Observer, StepClock
 from .prompts import prompt_notes
 from .provenance import input_hashes, model_identity, with_absolute_paths
 from .ranks import check_processes, indivisible, is_first, joined, with_same_seeds
+from .recipe_file import check_recipe
 from .runfile import FORMAT, FORMAT_VERSION, compact_report, json_path, versions, write_json
 from .settings import GenerateSettings
 from .video import VideoWriter, check_output, target_of
@@ -211,6 +213,7 @@ def _prepare(batch: Sequence[GenerateSettings], info: ModelInfo, output: str | N
     resolve_device(batch[0].device)
     for index, settings in enumerate(batch):
         full, notes = resolve_settings(_check_method(settings), info)
+        notes += check_recipe(full, info)
         assert full.seed is not None and full.num_frames is not None
         place = index if len(batch) > 1 else None
         path = name_output(output, full.prompt, full.seed, full.num_frames, place)
@@ -231,6 +234,8 @@ def _check_method(settings: GenerateSettings) -> GenerateSettings:
     """Build the method's processor once to check its options; returns the settings with every option spelt out."""
     from vidsparse.methods import method_options, processor_class
 
+    if settings.recipe is not None:
+        return settings.with_(sparse=Recipe.from_dict(settings.recipe).method)
     processor_class(settings.sparse)(**settings.method_options)
     if settings.sparse == DENSE:
         return settings
@@ -240,6 +245,8 @@ def _check_method(settings: GenerateSettings) -> GenerateSettings:
 def _attach(pipe: Any, settings: GenerateSettings) -> Any:
     """Attach the method. None for dense on a family that vidsparse cannot attach to: it needs nothing from us."""
     try:
+        if settings.recipe is not None:
+            return vidsparse.apply(pipe, Recipe.from_dict(settings.recipe), strict=settings.strict)
         return vidsparse.apply(pipe, settings.sparse, strict=settings.strict, **settings.method_options)
     except UnsupportedModelError:
         if settings.sparse == DENSE:

@@ -42,6 +42,12 @@ def model_identity(info: ModelInfo) -> dict[str, str]:
     return {"name": info.name, "sha256": hashlib.sha256(lines.encode()).hexdigest(), "covers": covers}
 
 
+def weights_of(info: ModelInfo) -> str:
+    """What tells a model's weights from others: the commit of a hub model, else the sha256 of its files."""
+    identity = model_identity(info)
+    return identity.get("commit") or identity["sha256"]
+
+
 def input_hashes(settings: GenerateSettings) -> dict[str, str]:
     """sha256 of the image and of every local LoRA file, by path."""
     paths = [Path(settings.image).expanduser()] if settings.image is not None else []

@@ -52,6 +52,7 @@ class GenerateSettings:
         fps: frames per second of the written video.
         sparse: name of a sparse attention method, or `dense`.
         method_options: options of that method; unset ones keep the method's defaults.
+        recipe: a whole recipe in its plain form (`Recipe.to_dict`), in place of the two.
         image: first frame for an image-to-video model.
         loras: adapters with scales.
         offload: `none`, `model`, `group`, `sequential` or `auto`.
@@ -79,6 +80,7 @@ class GenerateSettings:
     fps: float | None = None
     sparse: str = "radial"
     method_options: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] | None = None
     image: str | None = None
     loras: tuple[LoraSpec, ...] = ()
     offload: str = "auto"
@@ -101,6 +103,8 @@ class GenerateSettings:
                 raise ConfigError(f"`{name}` is true or false, got {getattr(self, name)!r}.")
         if not isinstance(self.method_options, dict):
             raise ConfigError(f"`method_options` must hold `name: value` pairs, got {self.method_options!r}.")
+        if self.recipe is not None and (not isinstance(self.recipe, dict) or self.method_options):
+            raise ConfigError("A recipe has the options of its method, so none can be given beside it.")
         _whole("num_frames", self.num_frames, 1, MAX_FRAMES)
         _whole("height", self.height, 1, MAX_PIXELS_PER_SIDE)
         _whole("width", self.width, 1, MAX_PIXELS_PER_SIDE)

@@ -23,6 +23,7 @@ def run(
     prompt_file: str | None,
     output: str | None,
     config: str | None,
+    recipe: str | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -36,7 +37,7 @@ def run(
         method_options: method options that have a flag of their own.
         extra: leftover arguments, taken as options of the method.
         option_names: the command's own flags, for messages.
-        prompt_file, output, config, as_json, quiet, verbose, num_gpus: the flags of these names.
+        prompt_file, output, config, recipe, as_json, quiet, verbose, num_gpus: the flags of these names.
         arguments: the whole command line, for the processes of `--num-gpus`.
 
     Raises:
@@ -48,6 +49,8 @@ def run(
         convert(option_name(name), bool, from_file.pop(name, False)) or value
         for name, value in (("json", as_json), ("quiet", quiet), ("verbose", verbose))
     )
+    if recipe is not None:
+        from_file = _with_recipe(recipe, given, typed, from_file)
     prompts, one = _prompts(given, from_file, prompt_file)
     processes = _processes(given, from_file, num_gpus)
     if output is None and isinstance(from_file.get("output"), str):
@@ -89,6 +92,23 @@ def run(
         # Plain ASCII, so that it can be piped whatever the terminal's encoding.
         print(json.dumps(documents[0] if one else documents))
     return 0
+
+
+def _with_recipe(path: str, given: dict[str, Any], typed: dict[str, Any], from_file: dict[str, Any]) -> dict[str, Any]:
+    """The config file's settings with a recipe, and with what it was tuned for where nobody says otherwise."""
+    from vidsparse_pipelines.recipe_file import read_recipe, suggested
+
+    if "sparse" in given or typed:
+        name = "--sparse" if "sparse" in given else option_name(next(iter(typed)))
+        raise ConfigError(f"Give --recipe or {name}, not both: a recipe has the method and all its options.")
+    recipe = read_recipe(path)
+    found = suggested(recipe)
+    if "model" in given or "model" in from_file:
+        found.pop("model")
+    if "size" in from_file or "size" in given:
+        found = {k: v for k, v in found.items() if k not in ("height", "width")}
+    method = {"sparse": recipe["method"], "method_options": {}, "recipe": recipe}
+    return {**found, **from_file, **method}
 
 
 def _processes(given: dict[str, Any], from_file: dict[str, Any], num_gpus: str | None) -> int:
@@ -178,6 +198,7 @@ def settle(
     sparse = str(merged.get("sparse", GenerateSettings.sparse))
     if sparse != str(from_file.get("sparse", sparse)):
         file_options = {}  # they belong to the file's method
+        merged.pop("recipe", None)
     merged["method_options"] = _method_options(sparse, file_options, typed, option_names)
     loras = tuple(LoraSpec.parse(str(text)) for text in merged.pop("loras", ()))
     seed = merged.pop("seed", None)

@@ -196,6 +196,70 @@ def bench(
     )  # fmt: skip
 
 
+def tune(
+    target_psnr: Annotated[
+        str | None, _option("--target-psnr", help="Mean PSNR against dense that is wanted, in dB.", metavar="DB")
+    ] = None,
+    max_time: Annotated[
+        str | None, _option("--max-time", help="Seconds that denoising one clip may take.", metavar="SECONDS")
+    ] = None,
+    max_attention: Annotated[
+        str | None, _option("--max-attention", help="Share of the dense attention time, in (0, 1].", metavar="SHARE")
+    ] = None,
+    choice: Annotated[
+        list[str] | None,
+        _option("--choice", "-c", help="NAME:OPTION=VALUE:... that may be used; repeatable (default: a menu)."),
+    ] = None,
+    rule: Annotated[
+        str, _option("--rule", help="budget (default), or a baseline: sparse-vdit, sparge.", metavar="RULE")
+    ] = "budget",
+    heads: Annotated[bool, _option("--heads/--no-heads", help="Let heads of a layer differ (default).")] = True,
+    prompt: Annotated[list[str] | None, _option("--prompt", "-p", help="Of the calibration; repeatable.")] = None,
+    prompt_file: Annotated[str | None, _option("--prompt-file", help="One prompt per line.", metavar="FILE")] = None,
+    prompts: Annotated[
+        int | None, _option("--prompts", help="How many prompts (default 4 on a CPU, 16 on a GPU).", metavar="INTEGER")
+    ] = None,
+    seed: Annotated[int, _option("--seed", help="Of the first clip (default 0).")] = 0,
+    model: MODEL = "vidsparse-tiny",
+    size: SIZE = None,
+    frames: FRAMES = None,
+    steps: STEPS = None,
+    guidance_scale: Annotated[str | None, _option("--guidance-scale", help="1 is off.", metavar="NUMBER")] = None,
+    price_tokens: Annotated[
+        int | None,
+        _option(
+            "--price-tokens", help="Weigh times of an H200 at this many tokens, not those here.", metavar="INTEGER"
+        ),
+    ] = None,
+    budget_seconds: Annotated[
+        float | None, _option("--budget-seconds", help="Measure less, to be done in this time.", metavar="SECONDS")
+    ] = None,
+    device: DEVICE = "auto",
+    dtype: Annotated[str, _option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
+    offload: Annotated[str, _option("--offload", help="none, model, group, sequential or auto (default).")] = "auto",
+    vae_tiling: Annotated[bool, _option("--vae-tiling", help="Decode in tiles, to save memory.")] = False,
+    output: Annotated[
+        str,
+        _option("--output", "-o", help="The recipe (default: recipe.json); measurements stand in a folder beside."),
+    ] = "recipe.json",
+    as_json: JSON = False,
+    quiet: Annotated[bool, _option("--quiet", "-q", help="Print only the path of the recipe.")] = False,
+) -> None:
+    """Find the fastest recipe for a quality, or the best for a time: by layer, step range and head. Resumable."""
+    from .tune_command import run
+
+    numbers = {"num_frames": frames, "num_inference_steps": steps, "guidance_scale": guidance_scale}
+    given = {"model": model, "device": device, "dtype": dtype, "offload": offload, "vae_tiling": vae_tiling}
+    _exit(
+        run(
+            target={"psnr": target_psnr, "seconds": max_time, "share": max_attention}, choices=choice or [], rule=rule,
+            prompt=prompt or [], prompt_file=prompt_file, num_prompts=prompts, seed=seed, by_head=heads, output=output,
+            size=size, numbers=numbers, given=given, price_tokens=price_tokens, budget_seconds=budget_seconds,
+            as_json=as_json, quiet=quiet,
+        )
+    )  # fmt: skip
+
+
 def _exit(code: int) -> None:
     if code:
         raise typer.Exit(code)
@@ -207,4 +271,5 @@ def register(app: typer.Typer) -> None:
     app.command(context_settings=METHOD_OPTIONS)(plan)
     app.command(context_settings=METHOD_OPTIONS)(show)
     app.command()(compare)
+    app.command()(tune)
     app.command()(bench)

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from vidsparse.parts import Parts
     from vidsparse.plan import Plan
     from vidsparse.processors.context import AttentionContext
-    from vidsparse.selection.cells import Cell
     from vidsparse_kernels import BlockMask
+
+Cell = int | tuple[int, ...]
+"""Number of a choice, or one for each head."""
 
 DENSE, SKIP = "dense", "skip"
 NO_TABLE = "A tuned recipe comes from a file; make one with `vidsparse tune` and give it with `--recipe FILE`."

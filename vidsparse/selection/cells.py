@@ -13,11 +13,9 @@ from vidsparse.parts import Parts, Selection
 from vidsparse.selection.heads import join_heads
 
 if TYPE_CHECKING:
+    from vidsparse.methods.tuned import Cell
     from vidsparse.processors.context import AttentionContext
     from vidsparse_kernels import BlockMask
-
-Cell = int | tuple[int, ...]
-"""Number of a choice, or one for each head."""
 
 
 @dataclass
