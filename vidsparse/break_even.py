@@ -17,11 +17,15 @@ FULL_HEAD_DIM = 90
 CALL_SECONDS = 0.15e-3
 """What a sparse call takes at least, on the host."""
 
-SELECT_CALL_SECONDS = 0.35e-3
-"""Likewise with pooling, scoring and selecting before it: a guess from their five launches, not measured."""
+SELECT_CALL_SECONDS = 1.9e-3
+"""Likewise with pooling, scoring and selecting before it: in a compiled block of Flux at 1,024 x 1,024, where the rest of the
+block hides nothing of it (`2026-11-27-h200-models-compiled.json`: 3.42 ms, stock 1.99 with 0.43 of attention)."""
 
 POOL_OVERHEAD = 0.012
 """Pooling, scoring and selecting, as a share of a dense call (`2026-11-23-h200-block-selection.json`)."""
+
+BAND_OVERHEAD = 0.04
+"""Scores of 64 sampled rows: bytes of keys and weights in fp32 at 32,760 tokens and 12 heads; an estimate, not measured."""
 
 CLUSTER_OVERHEAD = 0.14
 """Two warm k-means iterations of 0.62 ms and the permutations of 0.22 ms, of 10.5 ms dense: 32,760 tokens, 12 heads

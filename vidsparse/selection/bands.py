@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from vidsparse.processors.context import AttentionContext
     from vidsparse_kernels import BlockMask
 
+HEADS_AT_ONCE = 8
+"""All at once the logits of 40 heads over 75,600 keys take gigabytes; one by one a call waits for the host."""
+
 
 @dataclass(frozen=True)
 class BandSelector:
@@ -83,23 +86,29 @@ class BandSelector:
         )
         return Selection(mask)
 
+    @cached_property
+    def _sampled(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Sampled rows, and for each mask the keys that they see, `[rows, seq_len]`."""
+        seq_len = self.layout.seq_len
+        with torch.inference_mode(False):
+            rows = torch.linspace(0, seq_len - 1, min(self.rows, seq_len), device=self.device).long()
+            seen = [mask.to_dense()[0, 0, rows // mask.q_block_size] for mask in self.masks]
+            sizes = [mask.kv_block_size for mask in self.masks]
+            pairs = zip(seen, sizes, strict=True)
+            return rows, [blocks.repeat_interleave(size, 1)[:, :seq_len] for blocks, size in pairs]
+
     def _temporal_is_better(self, query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """Bool `[batch, heads]`: by the probability mass that each mask keeps of the sampled rows.
 
         Sparse VideoGen compares outputs; the mass that a mask keeps of a row orders masks without reading the values.
         """
-        rows = torch.linspace(0, query.shape[1] - 1, min(self.rows, query.shape[1]), device=query.device).long()
-        tokens = [
-            mask.to_dense()[0, 0, rows // mask.q_block_size].repeat_interleave(mask.kv_block_size, 1)[
-                :, : key.shape[1]
-            ]
-            for mask in self.masks
-        ]
-        kept = []
-        # Head by head: all at once the logits of 40 heads over 75,600 keys take gigabytes.
-        for head in range(query.shape[2]):
-            sampled = query[:, rows, head].float() * query.shape[-1] ** -0.5
-            weights = (sampled @ key[:, :, head].float().transpose(1, 2)).softmax(-1)
-            kept.append(torch.stack([(weights * seen).sum((1, 2)) for seen in tokens]))
-        spatial, temporal = torch.stack(kept, -1)
+        rows, seen = self._sampled
+        kept, heads = [], HEADS_AT_ONCE
+        for first in range(0, query.shape[2], heads):
+            sampled = query[:, rows, first : first + heads].float().transpose(1, 2) * query.shape[-1] ** -0.5
+            keys = key[:, :, first : first + heads].float().permute(0, 2, 3, 1)
+            weights = (sampled @ keys).softmax(-1)
+            # [masks, batch, heads]
+            kept.append(torch.stack([(weights * tokens).sum((2, 3)) for tokens in seen]))
+        spatial, temporal = torch.cat(kept, -1)
         return temporal > spatial
