@@ -632,14 +632,41 @@ def test_caches(name, cache):
     assert torch.equal(make(pipe), plain)
 
 
-def test_cache_dit():
-    """caches"""
+@piped
+def test_cache_dit(name):
+    """cache-dit"""
     cache_dit = pytest.importorskip("cache_dit", reason="cache-dit is not installed")
-    pipe = pipeline("Wan")
-    cache_dit.enable_cache(pipe)
-    want = generate(pipe, "Wan", num_inference_steps=6)
-    bind(pipe.transformer, AllBlocks)
-    close(generate(pipe, "Wan", num_inference_steps=6), want)
+
+    def enable(pipe: Any) -> None:
+        config = cache_dit.DBCacheConfig(
+            Fn_compute_blocks=1,
+            Bn_compute_blocks=0,
+            max_warmup_steps=2,
+            residual_diff_threshold=10.0,
+            max_continuous_cached_steps=1,
+        )
+        cache_dit.enable_cache(pipe, cache_config=config)
+
+    def make(pipe: Any) -> torch.Tensor:
+        return generate(pipe, name, num_inference_steps=6)
+
+    pipe = pipeline(name)
+    plain = make(pipe)
+    enable(pipe)
+    want = make(pipe)
+    if name != "HunyuanVideo":  # It has one block of each kind here, and the first is always computed.
+        assert not torch.equal(want, plain), "the cache must skip something"
+    for bind_first in (True, False):
+        pipe = pipeline(name)
+        if not bind_first:
+            enable(pipe)
+        processor = bind(pipe.transformer, AllBlocks)
+        if bind_first:
+            enable(pipe)
+        close(make(pipe), want)
+        report, most = processor.report(), CASES[name].targets * 6 * len(PIPELINES[name].branches)
+        assert 0 < report.num_sparse_calls == report.num_calls <= most
+        assert (report.num_calls < most) == (name != "HunyuanVideo")
 
 
 @torch.no_grad()
