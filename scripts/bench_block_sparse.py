@@ -3,21 +3,28 @@
     python scripts/bench_block_sparse.py --output block_sparse.json
     python scripts/bench_block_sparse.py --variable --output variable.json     blocks of variable size only
 
-Checks every backend against float64 first and prints no speed if that fails. All kernels of a shape are timed in turns,
-because a GPU that grows warm slows down. Random masks list the same number of blocks per row and head, so nothing is
-gained from locality; radial ones are those of Wan at 480p and 720p, 81 frames. TFLOP/s counts computed blocks only:
-4 * seq_len^2 * head_dim * num_heads * density, 2.5 times that for a backward (ours computes 3.5 times as much).
-Conversions and transposed lists are made once per mask and not timed.
+Checks every backend against float64 first and prints no speed if that fails. A section is one shape, direction and
+mask; its kernels are timed in turns, with cuDNN's dense kernel and a large matrix product among them, because a GPU
+that grows warm slows down. So every line also says how much of the matrix product's rate it reaches (the roofline: all
+of this is bound by arithmetic) and of dense cuDNN's. Sections come in the order of their importance, the file is
+written after each, and what `--seconds` leaves no time for is listed there.
+
+Random masks list the same number of blocks per row and head, so nothing is gained from locality; radial ones are those
+of Wan at 480p and 720p, 81 frames. TFLOP/s counts computed blocks only: 4 * seq_len^2 * head_dim * num_heads * density,
+2.5 times that for a backward (ours computes 3.5 times as much). Conversions and transposed lists are made once per mask
+and not timed.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -40,13 +47,46 @@ from vidsparse_kernels.testing import (
     masked_attention_oracle,
 )
 
-BACKENDS = ("triton", "hopper", "flex", "flash4")
-SHAPES = ((8_192, 12, 128), (32_760, 12, 128), (75_600, 6, 128), (32_760, 12, 64))
-DENSITIES = (1.0, 0.2, 0.1)
-BLOCK_SIZES = ((128, 128), (128, 64))
+BACKENDS = ("hopper", "triton", "flash4", "flex")
+WAN_480P, WAN_720P = (32_760, 12, 128), (75_600, 6, 128)
+HEAD_DIM_64 = ((32_760, 12, 64), (75_600, 6, 64))
+SHORT = (8_192, 12, 128)
 GRIDS = {32_760: LatentGrid(21, 30, 52), 75_600: LatentGrid(21, 45, 80)}
-FLEX_SHAPE = (32_760, 12, 128)
-"""FlexAttention is compiled for this shape alone: it takes long."""
+SECTIONS: tuple[tuple[str, tuple[int, int, int], str], ...] = (
+    *(
+        ("forward", WAN_480P, mask)
+        for mask in ("random 0.20 128x128", "radial", "random 0.10 128x128", "random 1.00 128x128")
+    ),
+    *(
+        ("forward", HEAD_DIM_64[0], mask)
+        for mask in ("random 0.20 128x128", "radial", "random 0.10 128x128", "random 1.00 128x128")
+    ),
+    *(("backward", WAN_480P, mask) for mask in ("random 0.20 128x128", "radial")),
+    *(
+        ("forward", WAN_720P, mask)
+        for mask in ("random 0.20 128x128", "radial", "random 0.10 128x128", "random 1.00 128x128")
+    ),
+    *(("backward", HEAD_DIM_64[0], mask) for mask in ("random 0.20 128x128", "radial")),
+    ("backward", WAN_720P, "random 0.20 128x128"),
+    *(
+        ("forward", HEAD_DIM_64[1], mask)
+        for mask in ("random 0.20 128x128", "radial", "random 0.10 128x128", "random 1.00 128x128")
+    ),
+    ("forward", WAN_480P, "random 0.20 128x64"),
+    *(("forward", SHORT, mask) for mask in ("random 0.20 128x128", "random 0.10 128x128", "random 1.00 128x128")),
+    ("backward", SHORT, "random 0.20 128x128"),
+    *(("backward", WAN_480P, mask) for mask in ("random 0.10 128x128", "random 1.00 128x128")),
+    *(("backward", WAN_720P, mask) for mask in ("radial", "random 1.00 128x128")),
+    *(("backward", HEAD_DIM_64[1], mask) for mask in ("random 0.20 128x128", "radial")),
+    *(
+        ("forward with FlexAttention", WAN_480P, mask)
+        for mask in ("random 0.20 128x128", "radial", "random 1.00 128x128")
+    ),
+)
+"""Direction, (tokens, heads, head_dim) and mask. FlexAttention comes last, because it takes long to compile."""
+FLASH4_DENSE = "dense FlashAttention-4"
+MATRIX = "matrix product"
+MATRIX_SIZE = 8192
 DENSE = {"dense cuDNN": SDPBackend.CUDNN_ATTENTION, "dense FlashAttention-2": SDPBackend.FLASH_ATTENTION}
 VARIABLE_SHAPE = (32_760, 12, 128)
 CLUSTERS = {64: (64, 64), 128: (128, 64)}
@@ -55,44 +95,81 @@ ROUNDS = 3
 
 
 def main() -> int:
+    started = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--seconds", type=float, default=240.0, help="start no section after so long (default 240)")
     parser.add_argument("--milliseconds", type=float, default=40.0, help="per kernel and round (default 40)")
     parser.add_argument("--backends", default=",".join(BACKENDS), help="comma-separated, of " + ", ".join(BACKENDS))
     parser.add_argument("--variable", action="store_true", help="clusters of random sizes beside uniform blocks")
     arguments = parser.parse_args()
+    for name in arguments.backends.split(","):
+        if name not in BACKENDS:
+            print(f'--backends must name some of {", ".join(BACKENDS)}, got "{name}"', file=sys.stderr)
+            return 2
     if not torch.cuda.is_available():
         print("This benchmark needs a CUDA GPU.", file=sys.stderr)
         return 2
-    machine = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-        "commit": os.environ.get("VIDSPARSE_COMMIT", "unknown"),
+    report: dict[str, Any] = {
+        "machine": {
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "cudnn": torch.backends.cudnn.version(),
+            "flash-attn-4": version_of("flash-attn-4"),
+            "commit": os.environ.get("VIDSPARSE_COMMIT", "unknown"),
+        },
+        "command": " ".join(["python scripts/bench_block_sparse.py", *sys.argv[1:]]),
+        "rows": [],
+        "left_out": [],
     }
-    print("  ".join(f"{name} {value}" for name, value in machine.items()))
-    backends = [b for b in arguments.backends.split(",") if b in available_backends()]
-    if arguments.variable:
-        backends = []
+    print("  ".join(f"{name} {value}" for name, value in report["machine"].items()), flush=True)
+    asked = arguments.backends.split(",")
+    backends = [b for b in asked if b in available_backends() and not arguments.variable]
+    report["left_out"] += [f"{b}: not installed" for b in asked if b not in available_backends()]
+
+    def save() -> None:
+        if arguments.output:
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+
     try:
-        backends = [b for b in backends if is_exact(b)]
+        # FlexAttention is compiled, and checked, when its sections come.
+        backends = [b for b in backends if b == "flex" or is_exact(b)]
         check_variable() if arguments.variable else check_gradients()
     except AssertionError as error:
         print(f"Wrong result, so no speed is reported: {error}", file=sys.stderr)
         return 1
-    rows: list[dict[str, Any]] = []
-    for shape in [VARIABLE_SHAPE] if arguments.variable else SHAPES:
-        rows += (
-            bench_variable(*shape, arguments.milliseconds)
-            if arguments.variable
-            else bench(*shape, backends, arguments.milliseconds)
-        )
-        if arguments.output:  # after each shape, so that a run cut short keeps what it has
-            arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            arguments.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    if arguments.variable:
+        report["rows"] = bench_variable(*VARIABLE_SHAPE, arguments.milliseconds)
+        save()
+        return 0
+    last = 0.0
+    for direction, shape, mask in SECTIONS:
+        begun = time.monotonic() - started
+        name = f"{direction}, {shape[0]} tokens, {shape[1]} heads of {shape[2]}, {mask}"
+        if begun + last > arguments.seconds:
+            report["left_out"].append(f"{name}: no time left")
+            continue
+        if direction == "forward with FlexAttention" and ("flex" not in backends or not is_exact("flex")):
+            continue
+        rows = bench(direction, shape, mask, backends, arguments.milliseconds)
+        report["rows"] += rows
+        print_rows(name, rows)
+        last = time.monotonic() - started - begun
+        save()
+    for line in report["left_out"]:
+        print(f"left out: {line}")
+    save()
     return 0
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def is_exact(backend: str) -> bool:
@@ -145,64 +222,83 @@ def check_gradients() -> None:
 
 
 def bench(
-    seq_len: int, num_heads: int, head_dim: int, backends: list[str], milliseconds: float
+    direction: str, shape: tuple[int, int, int], mask_name: str, backends: list[str], milliseconds: float
 ) -> list[dict[str, Any]]:
-    """Rows of one shape, printed too."""
+    """Rows of one section."""
+    seq_len, num_heads, head_dim = shape
+    with_flex, direction = direction.endswith("FlexAttention"), direction.split()[0]
     query, key, value = make_qkv(
         seq_len_q=seq_len, num_heads=num_heads, head_dim=head_dim, dtype=torch.bfloat16, device="cuda"
     )
-    grad_out = torch.randn_like(query)
-    runs: dict[tuple[str, str, str], tuple[Callable[[], Any], float]] = {}
-    for name, choice in DENSE.items():
-        forward, backward = dense_runs(choice, query, key, value, grad_out)
-        runs["forward", name, ""] = (forward, 1.0)
-        runs["backward", name, ""] = (backward, 1.0)
-    for mask_name, mask in masks(seq_len, num_heads).items():
-        for backend in backends:
-            if backend == "flex" and ((seq_len, num_heads, head_dim) != FLEX_SHAPE or "128x64" in mask_name):
-                continue
-
-            forward = partial(block_sparse_attention, query, key, value, mask, backend=backend)
-            try:
-                forward()
-            except UnsupportedBackendError:
-                continue
-            runs["forward", backend, mask_name] = (forward, mask.token_density)
-        if mask_name != "random 0.10 128x128":
-            q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
-            out = block_sparse_attention(q, k, v, mask, backend="triton")
-
-            backward = partial(torch.autograd.grad, out, (q, k, v), grad_out, retain_graph=True)
-            runs["backward", "triton", mask_name] = (backward, mask.token_density)
-
-    times: dict[tuple[str, str, str], list[float]] = {name: [] for name in runs}
+    mask = make_mask(mask_name, seq_len, num_heads)
+    candidates = {**dense_runs(direction, query, key, value)}
+    for backend in backends:
+        if (backend == "flex") == with_flex or (with_flex and backend == "hopper"):
+            candidates[backend] = sparse_run(direction, backend, query, key, value, mask)
+    left, right = (torch.randn(MATRIX_SIZE, MATRIX_SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    runs: dict[str, Callable[[], Any]] = {MATRIX: lambda: left @ right}
+    for name, make in candidates.items():
+        try:
+            run = make()
+            run()
+        except UnsupportedBackendError:
+            continue
+        runs[name] = run
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(ROUNDS):
-        for name, (run, _) in runs.items():
+        for name, run in runs.items():
             times[name] += measure(run, milliseconds)
     rows: list[dict[str, Any]] = []
-    for (direction, kernel, mask_name), samples in times.items():
+    for name, samples in times.items():
         samples.sort()
-        density = runs[direction, kernel, mask_name][1]
-        count = len(samples)
-        dense = min(sorted(s)[len(s) // 2] for n, s in times.items() if n[0] == direction and n[1] in DENSE)
-        ms = samples[count // 2]
+        ms = samples[len(samples) // 2]
+        density = mask.token_density if name in BACKENDS else 1.0
         flops = (4 if direction == "forward" else 10) * seq_len**2 * head_dim * num_heads * density
+        if name == MATRIX:
+            flops = 2 * MATRIX_SIZE**3
         rows.append(
             {
-                "direction": direction, "kernel": kernel, "mask": mask_name, "seq_len": seq_len,
-                "num_heads": num_heads, "head_dim": head_dim, "density": round(density, 4), "ms": ms,
-                "ms_p20": samples[count // 5], "ms_p80": samples[count * 4 // 5], "tflops": flops / ms / 1e9,
-                "kernel_speedup": dense / ms,
+                "direction": direction, "kernel": name, "mask": mask_name if name in BACKENDS else "",
+                "section": mask_name, "seq_len": seq_len, "num_heads": num_heads, "head_dim": head_dim,
+                "density": round(density, 4), "ms": ms, "ms_p20": samples[len(samples) // 5],
+                "ms_p80": samples[len(samples) * 4 // 5], "tflops": flops / ms / 1e9,
             }
         )  # fmt: skip
-    for row in sorted(rows, key=lambda row: (row["direction"] != "forward", row["mask"])):
+    rates = {row["kernel"]: row["tflops"] for row in rows}
+    dense = min(row["ms"] for row in rows if row["kernel"].startswith("dense"))
+    for row in rows[1:]:
+        row["share_of_matrix_product"] = row["tflops"] / rates[MATRIX]
+        row["share_of_dense_cudnn"] = row["tflops"] / rates["dense cuDNN"]
+        row["times_faster_than_dense"] = dense / row["ms"]
+    return rows
+
+
+def print_rows(name: str, rows: list[dict[str, Any]]) -> None:
+    print(f"{name}: matrix product {rows[0]['tflops']:.0f} TFLOP/s")
+    for row in rows[1:]:
         print(
-            f"S={seq_len:6d} H={num_heads:2d} D={head_dim:3d}  {row['direction']:8s}  {row['kernel']:22s} "
-            f"{row['mask']:20s} density {row['density']:5.3f}  {row['ms']:8.3f} ms ({row['ms_p20']:.3f}-"
-            f"{row['ms_p80']:.3f})  {row['tflops']:5.0f} TFLOP/s  kernel speedup {row['kernel_speedup']:5.2f}",
+            f"    {row['kernel']:24s} density {row['density']:5.3f}  {row['ms']:8.3f} ms ({row['ms_p20']:.3f}-"
+            f"{row['ms_p80']:.3f})  {row['tflops']:4.0f} TFLOP/s  {row['share_of_matrix_product']:4.0%} of matrix product  "
+            f"{row['share_of_dense_cudnn']:4.0%} of dense cuDNN  {row['times_faster_than_dense']:5.2f} x the fastest dense",
             flush=True,
         )
-    return rows
+
+
+def sparse_run(
+    direction: str, backend: str, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask
+) -> Callable[[], Callable[[], Any]]:
+    """Makes what is timed, which may not be possible: raises UnsupportedBackendError then."""
+
+    def make() -> Callable[[], Any]:
+        if direction == "forward":
+            return partial(block_sparse_attention, query, key, value, mask, backend=backend)
+        if backend == "hopper":
+            raise UnsupportedBackendError("its backward is that of triton")
+        q, k, v = inputs = [x.detach().requires_grad_() for x in (query, key, value)]
+        out = block_sparse_attention(q, k, v, mask, backend=backend)
+        return partial(torch.autograd.grad, out, inputs, torch.randn_like(query), retain_graph=True)
+
+    return make
 
 
 def check_variable() -> None:
@@ -305,33 +401,41 @@ def cluster_lists(seq_len: int, num_heads: int, mean: int, q_block_size: int, kv
 
 
 def dense_runs(
-    choice: SDPBackend, query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor
-) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    direction: str, query: Tensor, key: Tensor, value: Tensor
+) -> dict[str, Callable[[], Callable[[], Any]]]:
+    """Makers of what is timed, by name: dense attention of torch, and of FlashAttention-4 where it is installed."""
 
-    def forward() -> Tensor:
+    def sdpa(choice: SDPBackend, *tensors: Tensor) -> Tensor:
         with sdpa_kernel(choice):
-            return F.scaled_dot_product_attention(q, k, v)
+            q, k, v = (x.transpose(1, 2) for x in tensors)
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
-    q_grad, k_grad, v_grad = (x.detach().requires_grad_() for x in (q, k, v))
-    with sdpa_kernel(choice):
-        out = F.scaled_dot_product_attention(q_grad, k_grad, v_grad)
-    grad = grad_out.transpose(1, 2)
-    return forward, lambda: torch.autograd.grad(out, (q_grad, k_grad, v_grad), grad, retain_graph=True)
+    def flash4(*tensors: Tensor) -> Tensor:
+        from flash_attn.cute.interface import flash_attn_func  # pyright: ignore[reportMissingImports]
+
+        result = flash_attn_func(*tensors)
+        return result[0] if isinstance(result, tuple) else result
+
+    def make(attend: Callable[..., Tensor]) -> Callable[[], Any]:
+        if direction == "forward":
+            return partial(attend, query, key, value)
+        inputs = [x.detach().requires_grad_() for x in (query, key, value)]
+        out = attend(*inputs)
+        return partial(torch.autograd.grad, out, inputs, torch.randn_like(query), retain_graph=True)
+
+    kernels: dict[str, Callable[..., Tensor]] = {name: partial(sdpa, choice) for name, choice in DENSE.items()}
+    if "flash4" in available_backends():
+        kernels[FLASH4_DENSE] = flash4
+    return {name: partial(make, attend) for name, attend in kernels.items()}
 
 
-def masks(seq_len: int, num_heads: int) -> dict[str, BlockMask]:
-    result = {
-        f"random {density:.2f} {q_size}x{kv_size}": random_lists(seq_len, num_heads, density, q_size, kv_size)
-        for density in DENSITIES
-        for q_size, kv_size in (BLOCK_SIZES if density == 0.2 else BLOCK_SIZES[:1])
-    }
-    if seq_len in GRIDS:
-        q_size, kv_size = BLOCK_SIZES[0]
-        result["radial"] = radial_block_mask(
-            GRIDS[seq_len], q_block_size=q_size, kv_block_size=kv_size, variant="release", device="cuda"
-        )
-    return result
+def make_mask(name: str, seq_len: int, num_heads: int) -> BlockMask:
+    """The mask called "radial" or "random DENSITY BLOCKS", with blocks such as 128x64."""
+    if name == "radial":
+        return radial_block_mask(GRIDS[seq_len], q_block_size=128, kv_block_size=128, variant="release", device="cuda")
+    _, density, blocks = name.split()
+    q_size, kv_size = (int(x) for x in blocks.split("x"))
+    return random_lists(seq_len, num_heads, float(density), q_size, kv_size)
 
 
 def random_lists(seq_len: int, num_heads: int, density: float, q_block_size: int, kv_block_size: int) -> BlockMask:
