@@ -1,17 +1,19 @@
 """Run every family through its checks and write what came out to docs/families.md.
 
-    python scripts/write_family_table.py
+    pip install cache-dit torchao && python scripts/write_family_table.py
 
-Takes about three minutes on one core; needs no network and no GPU. Nothing is written when a check fails.
+Takes about five minutes on one core; needs no network and no GPU. Nothing is written when a check fails.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from vidsparse.processors.families import REFUSED
@@ -32,18 +34,20 @@ COLUMNS = {
     "LoRA": "test_lora",
     "pipeline": "test_a_pipeline_runs_with_a_bare_processor",
     "caches": "test_caches",
+    "cache-dit": "test_cache_dit",
+    "torchao": "test_quantised_linears",
     "context parallel": "test_two_processes_equal_one",
 }
 """Head of a column -> the test behind it. A test may have more parameters than the family: all must pass."""
 
-NOT_EVERY_FAMILY = ("pipeline", "caches", "context parallel")
+NOT_EVERY_FAMILY = ("pipeline", "caches", "cache-dit", "context parallel")
 """Columns whose tests have some families only; the others were not tried."""
 
 HEAD = """\
 # Model families
 
 Written by `scripts/write_family_table.py` from a run of `tests/core/test_model_families.py`, `test_stacking.py` and
-`test_context_parallel.py` with diffusers {version}, on a CPU.
+`test_context_parallel.py` with diffusers {diffusers}, on a CPU.
 
 Every row is a tiny random model of the real diffusers class, on which nothing but
 `transformer.set_attn_processor(processor)` was called, on a grid that fills no whole number of blocks and, where the
@@ -61,8 +65,10 @@ family has them, with padded prompts and their masks.
   unfused and removed, before and after binding: the output is the stock model's with the same thing stacked.
 - *pipeline*: a tiny pipeline of the real class runs from prompt to latents, with guidance; steps and branches are right.
 - *caches*: FirstBlockCache, PyramidAttentionBroadcast, FasterCache, MagCache and TaylorSeer, as far as the stock pipeline
-  takes them.
-- *context parallel*: two gloo processes with Ulysses give what one process gives, sparse.
+  takes them; at least one of them, "no caches" where diffusers has none for the model.
+- *cache-dit* {cache_dit}: DBCache skips blocks as it does with the stock model, to the same output; *torchao* {torchao}:
+  int8 weights, likewise, quantised before and after binding. Neither package is in the tests that every change runs.
+- *context parallel*: two gloo processes with Ulysses give what one process gives, sparse; "no plan" where diffusers cannot split the model.
 - A dot: not tried; other words: why the stock model itself cannot.
 
 """
@@ -125,20 +131,30 @@ def rows(found: dict[tuple[str, str], str]) -> list[str]:
     heads.insert(4, "batch 2")
     lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join(["---"] * len(heads)) + " |"]
     for family, case in CASES.items():
+        model = case.build()
         cells = [
             found.get((test, family), "·") if column in NOT_EVERY_FAMILY else found[test, family]
             for column, test in COLUMNS.items()
         ]
+        if not hasattr(model, "enable_cache"):
+            cells[list(COLUMNS).index("caches")] = "no caches"
+        if getattr(model, "_cp_plan", None) is None:
+            cells[list(COLUMNS).index("context parallel")] = "no plan"
         stock, sparse = cells[:2]
         cells.insert(2, "✓" if stock == sparse == "✓" and 2 in case.batches else "not tried")
         cells = ["no blocks" if cell.startswith("diffusers names no repeated blocks") else cell for cell in cells]
-        lines.append("| " + " | ".join([family, f"`{type(case.build()).__name__}`", *cells]) + " |")
+        lines.append("| " + " | ".join([family, f"`{type(model).__name__}`", *cells]) + " |")
     return lines
 
 
 def main() -> None:
-    import diffusers
-
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=TABLE, help="file to write")
+    arguments = parser.parse_args()
+    try:
+        versions = {name.replace("-", "_"): version(name) for name in ("diffusers", "cache-dit", "torchao")}
+    except PackageNotFoundError as error:
+        sys.exit(f"{error.name} is not installed; the table has a column for it.")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [
@@ -156,8 +172,8 @@ def main() -> None:
             sys.exit("pytest wrote no report.")
         found = outcomes(report)
     refused = [f"| `{name}` | {reason[0].upper()}{reason[1:]}. |" for name, reason in REFUSED.items()]
-    text = HEAD.format(version=diffusers.__version__) + "\n".join(rows(found)) + "\n"
-    TABLE.write_text(text + SOMETIMES_DENSE + REFUSED_HEAD + "\n".join(refused) + "\n", encoding="utf-8")
+    text = HEAD.format(**versions) + "\n".join(rows(found)) + "\n"
+    arguments.output.write_text(text + SOMETIMES_DENSE + REFUSED_HEAD + "\n".join(refused) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

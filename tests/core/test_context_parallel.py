@@ -30,12 +30,14 @@ DEVICE = [torch.device("cpu")]
 """Of this process; set by `main`."""
 EVEN = {
     "Wan": 210,
+    "Wan I2V": 210,
     "ChronoEdit": 210,
     "LTX-Video": 210,
     "Flux": 178,
     "Flux Kontext": 198,
     "Flux 2": 198,
     "Qwen-Image": 178,
+    "Qwen-Image-Edit": 198,
 }
 """Families whose tokens divide by two here, and how many they are."""
 OPTIONS: Any = {"warmup_steps": 0, "dense_layers": 0, "min_tokens": 0}
