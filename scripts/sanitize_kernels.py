@@ -1,0 +1,267 @@
+"""Run a few small cases of every family of kernels under NVIDIA's compute-sanitizer, on a CUDA GPU.
+
+    python scripts/sanitize_kernels.py --output sanitizer.json                       memcheck, then racecheck, all families
+    python scripts/sanitize_kernels.py --families forward,hopper --tools memcheck
+    python scripts/sanitize_kernels.py --run hopper                                  the cases alone, without the sanitizer
+
+memcheck finds accesses outside of what was allocated, racecheck unordered accesses to shared memory. Every family runs
+once without the sanitizer, which also compiles its kernels, and then once under each tool, several families at a time.
+PyTorch's caching of memory is off, so that each tensor is an allocation of its own and an access past its end is seen.
+Results are checked for NaN only: what is right is for the tests and the soak to say.
+
+Exit code: 0 nothing found, 1 something found or not run, 2 the arguments are wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidsparse_kernels import (
+    block_sparse_attention,
+    cluster,
+    linear_branch,
+    permute_tokens,
+    pool_blocks,
+    pooled_tail_attention,
+    pooled_tail_merge_,
+    qk_norm_rope_pair,
+    sampled_error,
+    select_from_qk,
+    unpermute_tokens,
+)
+from vidsparse_kernels.testing import make_block_mask, make_qkv, make_variable_block_mask
+
+TOOLS = ("memcheck", "racecheck")
+SHAPE: dict[str, Any] = dict(seq_len_q=333, seq_len_kv=411)
+"""No multiple of any tile, and small, because the sanitizer makes a kernel hundreds of times slower."""
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def inputs(dtype: torch.dtype, head_dim: int, *, contiguous: bool = False, **changes: Any) -> list[Tensor]:
+    shape = {**SHAPE, "num_heads": 2, "num_kv_heads": 1, **changes}
+    return list(
+        make_qkv(head_dim=head_dim, dtype=dtype, device="cuda", contiguous=contiguous, **shape)  # pyright: ignore
+    )
+
+
+def attend(mask: Any, tensors: list[Tensor], backend: str, *, gradients: bool = False, **options: Any) -> None:
+    query, key, value = tensors = [x.detach().requires_grad_(gradients) for x in tensors]
+    out, lse = block_sparse_attention(query, key, value, mask, backend=backend, return_lse=True, **options)
+    found = [out]
+    if gradients:
+        outputs = (out, lse) if not bool((lse == -torch.inf).any()) else (out,)
+        found += torch.autograd.grad(outputs, tensors, [torch.randn_like(x) for x in outputs])
+    check(*found)
+
+
+def check(*results: Tensor) -> None:
+    torch.cuda.synchronize()
+    for result in results:
+        assert not bool(result.isnan().any()), "a result holds NaN"
+
+
+def bias() -> Tensor:
+    return torch.randn(1, 1, SHAPE["seq_len_kv"], device="cuda")
+
+
+def uniform(q_size: int, kv_size: int, **options: Any) -> Any:
+    rows = dict(empty_rows=True, full_rows=True, num_heads=2, device="cuda")
+    return make_block_mask(q_block_size=q_size, kv_block_size=kv_size, **{**SHAPE, **rows, **options})
+
+
+def clusters(q_size: int, kv_size: int) -> Any:
+    return make_variable_block_mask(
+        num_q_blocks=5, num_kv_blocks=9, q_block_size=q_size, kv_block_size=kv_size, num_heads=2, offsets_heads=2,
+        full_rows=True, device="cuda", **SHAPE,
+    )  # fmt: skip
+
+
+def forward() -> None:
+    for dtype in DTYPES:
+        attend(uniform(64, 32), inputs(dtype, 72), "triton", key_bias=bias())
+        attend(uniform(128, 64), inputs(dtype, 64), "triton", skip_threshold=0.01)
+
+
+def backward() -> None:
+    for dtype in DTYPES:
+        attend(uniform(64, 32), inputs(dtype, 72), "triton", gradients=True, key_bias=bias())
+    attend(uniform(128, 64), inputs(torch.bfloat16, 128), "triton", gradients=True)
+
+
+def descriptors() -> None:
+    """The portable kernels through TMA, which small cases do not use by themselves."""
+    from vidsparse_kernels.block_sparse_attention import backward, forward
+
+    forward.MIN_DESCRIPTOR_FLOPS = backward.MIN_DESCRIPTOR_FLOPS = 0
+    attend(uniform(128, 64), inputs(torch.bfloat16, 128), "triton", gradients=True)
+    attend(clusters(64, 64), inputs(torch.bfloat16, 64), "triton", gradients=True)
+
+
+def hopper() -> None:
+    for head_dim in (64, 128, 72):
+        attend(uniform(128, 128), inputs(torch.bfloat16, head_dim), "hopper")
+    attend(uniform(128, 64), inputs(torch.float16, 128), "hopper", key_bias=bias())
+
+
+def hopper_clusters() -> None:
+    for head_dim in (64, 128):
+        attend(clusters(64, 64), inputs(torch.bfloat16, head_dim), "hopper")
+
+
+def variable_blocks() -> None:
+    for dtype in DTYPES:
+        attend(clusters(64, 64), inputs(dtype, 64), "triton", gradients=True)
+
+
+def selection() -> None:
+    query, key, _ = inputs(torch.bfloat16, 64)
+    check(*pool_blocks(key, 64, kinds=("mean", "max", "min"), backend="triton").values())
+    for choice in (dict(top_k=3), dict(top_p=0.8)):
+        select_from_qk(query, key, q_block_size=64, kv_block_size=32, **choice)  # pyright: ignore[reportArgumentType]
+    torch.cuda.synchronize()
+
+
+def clustering() -> None:
+    _, key, value = inputs(torch.bfloat16, 64, num_kv_heads=2)
+    found = cluster(key, 21, iterations=2, backend="triton")
+    moved = permute_tokens((key, value), found.order, backend="triton")
+    back = unpermute_tokens(moved, found.order, backend="triton")
+    check(*back)
+    assert torch.equal(back[0], key)
+
+
+def pooled_tail() -> None:
+    mask = uniform(128, 64)
+    for dtype in DTYPES:
+        query, key, value = tensors = [x.requires_grad_() for x in inputs(dtype, 64)]
+        out, _ = pooled_tail_attention(query, key, value, mask, backend="triton")
+        check(out, *torch.autograd.grad(out, tensors, torch.randn_like(out)))
+        with torch.no_grad():
+            out, lse = block_sparse_attention(query, key, value, mask, backend="triton", return_lse=True)
+            check(pooled_tail_merge_(out, lse, query, key, value, mask, backend="triton")[0])
+
+
+def norms() -> None:
+    query, key = (torch.randn(2, 333, 4 * 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    weights = tuple(torch.randn(64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    check(*qk_norm_rope_pair(query, key, num_heads=4, weights=(weights[0], weights[1]), backend="triton"))
+
+
+def error_sample() -> None:
+    query, key, value = inputs(torch.bfloat16, 64, num_kv_heads=2)
+    check(sampled_error(query, key, value, query, count=16, backend="triton"))
+
+
+def linear() -> None:
+    query, key, value = tensors = [x.requires_grad_() for x in inputs(torch.bfloat16, 64, num_kv_heads=2)]
+    mask = uniform(64, 64)
+    out = linear_branch(query, key, value, block_mask=mask, coverage="non_selected", backend="triton")
+    check(out, *torch.autograd.grad(out, tensors, torch.randn_like(out)))
+
+
+FAMILIES = {
+    function.__name__: function
+    for function in (
+        forward, backward, hopper, hopper_clusters, variable_blocks, descriptors, selection, clustering, pooled_tail,
+        norms, error_sample, linear,
+    )
+}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", default=",".join(FAMILIES), help="comma-separated, of " + ", ".join(FAMILIES))
+    parser.add_argument("--tools", default=",".join(TOOLS), help="comma-separated, of " + ", ".join(TOOLS))
+    parser.add_argument("--seconds", type=float, default=240.0, help="stop after so long (default 240)")
+    parser.add_argument("--at-once", type=int, default=8, help="families at a time (default 8)")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--run", metavar="FAMILY", help="only run the cases of a family")
+    arguments = parser.parse_args(argv)
+    families, tools = ([arguments.run] if arguments.run else arguments.families.split(",")), arguments.tools.split(",")
+    for name, known in (*((name, FAMILIES) for name in families), *((name, TOOLS) for name in tools)):
+        if name not in known:
+            print(f'must be one of {", ".join(known)}, got "{name}"', file=sys.stderr)
+            return 2
+    if not torch.cuda.is_available():
+        print("This needs a CUDA GPU.", file=sys.stderr)
+        return 2
+    if arguments.run:
+        FAMILIES[arguments.run]()
+        return 0
+    deadline = time.monotonic() + arguments.seconds
+    with ThreadPoolExecutor(arguments.at_once) as pool:
+        rows = [row for found in pool.map(lambda name: examine(name, tools, deadline), families) for row in found]
+    report = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "commit": os.environ.get("VIDSPARSE_COMMIT", "unknown"),
+        "command": " ".join(["python scripts/sanitize_kernels.py", *(sys.argv[1:] if argv is None else argv)]),
+        "rows": rows,
+    }
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    return 1 if any(row["errors"] != 0 for row in rows) else 0
+
+
+def examine(family: str, tools: list[str], deadline: float) -> list[dict[str, Any]]:
+    """One row a tool; "errors" is None where the family did not run to its end."""
+    rows = [one_run(family, None, deadline)]
+    if rows[0]["errors"] == 0:
+        rows += [one_run(family, tool, deadline) for tool in tools]
+    return rows
+
+
+def one_run(family: str, tool: str | None, deadline: float) -> dict[str, Any]:
+    started = time.monotonic()
+    command = [sys.executable, str(Path(__file__).resolve()), "--run", family]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    if tool is not None:
+        command = ["compute-sanitizer", "--tool", tool, "--print-limit", "20", *command]
+    row: dict[str, Any] = {"family": family, "tool": tool or "none", "errors": None, "says": ""}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=max(1.0, deadline - started)
+        )
+        text = done.stdout + done.stderr
+        row.update(outcome(text, done.returncode, tool))
+    except subprocess.TimeoutExpired:
+        row["says"] = "no time left"
+    except FileNotFoundError as error:
+        row["says"] = str(error)
+    row["seconds"] = round(time.monotonic() - started, 1)
+    print(
+        f"{row['family']:16s} {row['tool']:10s} errors {row['errors']}  {row['seconds']} s  {row['says'][:300]}",
+        flush=True,
+    )
+    return row
+
+
+def outcome(text: str, code: int, tool: str | None) -> dict[str, Any]:
+    """What the output of a run says: the number of errors, and the lines that tell of them."""
+    if tool is None:
+        return {"errors": 0 if code == 0 else None, "says": "" if code == 0 else text[-1000:]}
+    counts = [int(n) for n in re.findall(r"ERROR SUMMARY: (\d+) error", text)]
+    counts += [int(n) for n in re.findall(r"RACECHECK SUMMARY: (\d+) hazard", text)]
+    if not counts or code != 0 and not sum(counts):
+        return {"errors": None, "says": text[-1000:]}
+    lines = [line for line in text.splitlines() if line.startswith("=========") and len(line.split()) > 1]
+    return {"errors": sum(counts), "says": "\n".join(lines[:40]) if sum(counts) else ""}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
