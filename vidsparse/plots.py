@@ -139,7 +139,7 @@ def draw(view: View, title: str, *, token: int, head: int = 0) -> Any:
     right = top[1].subgridspec(2, 1, hspace=0.55)
     _draw_rows(figure.add_subplot(right[0]), view, head)
     _draw_heads(figure.add_subplot(right[1]), view, head)
-    place = _place(grid, token)
+    place = place_of(grid, token)
     seen = view.reach(token, head)
     share = float(seen.double().mean())
     caption = f"what the token at frame {place[0]}, row {place[1]}, column {place[2]} sees: {share:.0%} of the video"
@@ -151,7 +151,8 @@ def draw(view: View, title: str, *, token: int, head: int = 0) -> Any:
     return figure
 
 
-def _place(grid: LatentGrid, token: int) -> tuple[int, int, int]:
+def place_of(grid: LatentGrid, token: int) -> tuple[int, int, int]:
+    """Frame, row and column of a video token."""
     frame, rest = divmod(token, grid.tokens_per_frame)
     return (frame, *divmod(rest, grid.width))
 

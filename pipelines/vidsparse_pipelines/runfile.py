@@ -10,8 +10,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from vidsparse.errors import OutputError
+from vidsparse.errors import ConfigError, OutputError
 
+from .model_info import ModelInfo
+from .provenance import input_hashes, model_identity
+from .settings import GenerateSettings
 from .video import output_error
 
 FORMAT = "vidsparse-run"
@@ -47,6 +50,59 @@ def json_path(path: Path) -> Path:
         if not name.exists() or _is_json_of(name, path):
             return name
     raise OutputError(f"{path.name + '.json'!r} is there and is not of a {path.name!r}; choose another --output.")
+
+
+def read_run(path: str | Path) -> dict[str, Any]:
+    """The JSON beside a video.
+
+    Raises:
+        ConfigError: it cannot be read, or is no run file of this version.
+    """
+    try:
+        document = json.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"The run file {str(path)!r} cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise ConfigError(f"The run file {str(path)!r} is not JSON; give the .json beside a video.") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT or "settings" not in document:
+        raise ConfigError(f"{str(path)!r} is no run file; give the .json that `vidsparse generate` left by a video.")
+    check_version(document, path)
+    return document
+
+
+def check_version(document: dict[str, Any], path: str | Path) -> None:
+    """Raise ConfigError where a run file has another form than this version writes."""
+    if document.get("format_version") != FORMAT_VERSION:
+        made_by = document.get("versions", {}).get("vidsparse", "another version")
+        raise ConfigError(
+            f"The run file {str(path)!r} has version {document.get('format_version')!r} of the format (vidsparse "
+            f"{made_by}), this reads version {FORMAT_VERSION}; make the video anew, or use that version of vidsparse."
+        )
+
+
+def run_document(path: str | Path) -> dict[str, Any] | None:
+    """The content of a run file, None where the path holds something else."""
+    try:
+        document = json.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError):
+        return None
+    return document if isinstance(document, dict) and document.get("format") == FORMAT else None
+
+
+def changes(document: dict[str, Any], settings: GenerateSettings, info: ModelInfo) -> list[str]:
+    """A sentence for the model, the image and every LoRA whose content is not what it was when a run was made."""
+    notes, was, now = [], document.get("model"), model_identity(info)
+    if isinstance(was, dict) and was.get("name") == info.name and was.get("covers") == now.get("covers"):
+        # What a hash covers depends on the size of the weights; hashes of different things say nothing.
+        if any(was.get(name) != now.get(name) for name in ("commit", "sha256")):
+            notes.append(
+                f"The model {info.name!r} has changed since this run was made; the video will not be the same."
+            )
+    hashes = document.get("inputs_sha256")
+    for path, digest in input_hashes(settings).items():
+        if isinstance(hashes, dict) and hashes.get(path, digest) != digest:
+            notes.append(f"The file {path!r} has changed since this run was made; the video will not be the same.")
+    return notes
 
 
 def _is_json_of(file: Path, path: Path) -> bool:

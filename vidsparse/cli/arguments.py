@@ -105,6 +105,9 @@ def read_config(path: str) -> dict[str, Any]:
     if data is None:
         return {}
     if isinstance(data, dict) and data.get("format") == "vidsparse-run":
+        from vidsparse_pipelines.runfile import check_version
+
+        check_version(data, path)
         data = data.get("settings")
     if not isinstance(data, dict):
         raise ConfigError(f"The config file {path!r} must hold `name: value` pairs.")

@@ -65,6 +65,9 @@ def run(
         return launch(arguments or [], processes, verbose)
     _check_processes(batch[0].ulysses_degree)
     first = is_first()
+    if first and config is not None:
+        for note in _changes(config, batch[0]):
+            print(note, file=sys.stderr)
 
     from vidsparse_pipelines.generation import generate_many
     from vidsparse_pipelines.progress import Observer
@@ -98,17 +101,29 @@ def _with_recipe(path: str, given: dict[str, Any], typed: dict[str, Any], from_f
     """The config file's settings with a recipe, and with what it was tuned for where nobody says otherwise."""
     from vidsparse_pipelines.recipe_file import read_recipe, suggested
 
-    if "sparse" in given or typed:
-        name = "--sparse" if "sparse" in given else option_name(next(iter(typed)))
+    others = [name for name in typed if name != "guard"]
+    if "sparse" in given or others:
+        name = "--sparse" if "sparse" in given else option_name(others[0])
         raise ConfigError(f"Give --recipe or {name}, not both: a recipe has the method and all its options.")
     recipe = read_recipe(path)
+    if "guard" in typed:
+        recipe["config"]["schedule"]["guard"] = convert("--guard", float, typed.pop("guard"))
     found = suggested(recipe)
     if "model" in given or "model" in from_file:
-        found.pop("model")
+        found.pop("model", None)
     if "size" in from_file or "size" in given:
         found = {k: v for k, v in found.items() if k not in ("height", "width")}
     method = {"sparse": recipe["method"], "method_options": {}, "recipe": recipe}
     return {**found, **from_file, **method}
+
+
+def _changes(config: str, settings: Any) -> list[str]:
+    """What is no longer as it was when the run file that is repeated was written."""
+    from vidsparse_pipelines.model_info import inspect_model
+    from vidsparse_pipelines.runfile import changes, run_document
+
+    document = run_document(config)
+    return [] if document is None else changes(document, settings, inspect_model(settings.model))
 
 
 def _processes(given: dict[str, Any], from_file: dict[str, Any], num_gpus: str | None) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from vidsparse.errors import ConfigError, OutputError
 
 from .arguments import parse_size, split_options
-from .method_options import convert, parse_options
+from .method_options import convert, option_name, parse_options
 
 PROMPT = "a large red star spins on a checkered navy background"
 
@@ -30,7 +30,7 @@ def run(
     head: int,
     layer: int | None,
     step: int | None,
-    from_run: bool,
+    from_run: str | None,
     output: str | None,
     extra: list[str],
     option_names: list[str],
@@ -46,11 +46,16 @@ def run(
     from .methods import option_types
 
     pyplot()
+    if from_run is not None:
+        typed = {"--grid": grid, "--size": size, "--frames": frames, "--steps": steps, "--prompt": prompt}
+        given = [name for name, value in typed.items() if value is not None]
+        given += [option_name(name) for name in split_options(extra, option_names)]
+        if given:
+            raise ConfigError(f"The run file says what {given[0]} is; leave {given[0]} out, or --from-run.")
+        return _show_run(from_run, token, head, layer, step, output)
     options = parse_options(sparse, option_types(sparse), split_options(extra, option_names), option_names)
     processor = processor_class(sparse)(**options)
     static = _is_static(processor)
-    if static and from_run:
-        raise ConfigError(f"The mask of {sparse!r} is the same in every run; leave --from-run out.")
     if not static and grid is not None:
         raise ConfigError(
             f"The method {sparse!r} looks at query and key, so it is drawn from a run; give --size in place of --grid."
@@ -77,6 +82,51 @@ def run(
     for path in paths:
         _write(path, png if path.suffix == ".png" else to_html(title, png, facts).encode())
         print(path)
+    return 0
+
+
+def _show_run(path: str, token: str | None, head: int, layer: int | None, step: int | None, output: str | None) -> int:
+    """Pictures of one call of a generation that is repeated from its run file."""
+    from vidsparse.plots import View, middle_token, to_html, to_png
+    from vidsparse.run_plots import draw_run, recall
+    from vidsparse_pipelines.record_run import record_run
+    from vidsparse_pipelines.runfile import read_run
+
+    from .generate import _hush
+    from .screen import Screen
+
+    read_run(path)
+    paths = _paths(output)
+    _hush()
+    screen = Screen()
+    try:
+        run = record_run(path, step=step, layer=layer, observer=screen)
+    finally:
+        screen.close()
+    call, chosen, settings = run.call, run.selection, run.settings
+    latent = call.layout.grid
+    if not 0 <= head < call.num_heads:
+        raise ConfigError(f"--head must be from 0 to {call.num_heads - 1} here, got {head}.")
+    where = middle_token(latent) if token is None else _token(token, latent)
+    view = None if chosen is None else View(chosen.block_mask, call.layout, chosen.q_order, chosen.kv_order)
+    recalls = [] if view is None else [recall(call, view, h) for h in range(call.num_heads)]
+    branch = "" if run.branch is None else f", branch {run.branch}"
+    title = f"{settings.sparse}: step {run.step}, layer {run.layer}{branch}"
+    png = to_png(draw_run(call, view, run.frames, title, token=where, head=head, recalls=recalls))
+    facts = [
+        ("run", str(Path(path).expanduser().absolute())),
+        ("prompt", settings.prompt),
+        ("model", settings.model),
+        ("method", " ".join([settings.sparse, *(f"{k}={v}" for k, v in settings.method_options.items())])),
+        ("latent grid", f"{latent}, {latent.num_tokens:,} tokens, {call.layout.text_len} of text beside them"),
+        ("call", f"step {run.step} of {settings.num_inference_steps}, layer {run.layer}{branch}, head {head}"),
+        ("density of all pairs", "1 (dense)" if view is None else ", ".join(f"{x:.4f}" for x in view.head_density())),
+        ("recall by head", ", ".join(f"{value:.3f}" for value in recalls) or "1 (dense)"),
+        *(("note", note) for note in run.notes),
+    ]
+    for target in paths:
+        _write(target, png if target.suffix == ".png" else to_html(title, png, facts).encode())
+        print(target)
     return 0
 
 

@@ -99,13 +99,18 @@ def show(
     layer: Annotated[int | None, _option("--layer", help="Layer of the run (default the middle one).")] = None,
     step: Annotated[int | None, _option("--step", help="Step of the run (default the last).")] = None,
     from_run: Annotated[
-        bool, _option("--from-run", help="Draw from a real run, as methods that look at query and key always do.")
-    ] = False,
+        str | None,
+        _option(
+            "--from-run",
+            help="The JSON beside a video: repeat that run and draw what its attention looks at.",
+            metavar="RUN.json",
+        ),
+    ] = None,
     output: Annotated[
         str | None, _option("--output", "-o", help="FILE.png, FILE.html, or a folder for both (default: here).")
     ] = None,
 ) -> None:
-    """Draw what a method computes: block mask, density by row and head, one token's reach. No GPU needed."""
+    """Draw what a method computes (mask, density, one token's reach), or what the attention of a run looks at."""
     from .show import run
 
     _exit(
