@@ -37,6 +37,8 @@ class Notes(Observer):
 
 
 STARTED = time.perf_counter()
+LAYERS = "layers"
+"""The budget rule with all heads of a layer alike."""
 
 
 def main() -> None:
@@ -53,14 +55,17 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--menu", default="cuda", choices=sorted(MENUS))
-    parser.add_argument("--no-rules", action="store_true")
+    parser.add_argument("--rules", default=",".join([*RULES, LAYERS]), help="baselines; may be empty")
+    parser.add_argument(
+        "--untuned", default="", help="methods by their own schedule, default all choices but the rules'"
+    )
     parser.add_argument("--seconds", type=float, default=240)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     width, height = map(int, args.size.split("x"))
-    choices = list(MENUS[args.menu])
-    for rule in () if args.no_rules else RULES:
-        choices += [label for label in RULE_MENUS[rule] if label not in choices]
+    choices, rules = list(MENUS[args.menu]), [rule for rule in args.rules.split(",") if rule]
+    for rule in rules:
+        choices += [label for label in RULE_MENUS.get(rule, ()) if label not in choices]
 
     def tuning(target: Target, name: str, rule: str = "budget", by_head: bool = True) -> Any:
         return prepare(
@@ -116,15 +121,14 @@ def main() -> None:
         evaluate(name, table, facts)
     for name, table, _ in list(tables):
         cost = problem.total(table)[1]
-        for rule in () if args.no_rules else RULES:
-            first.rule = rule
-            evaluate(f"{rule} at the time of {name}", first.solve(problem, None, cost), {"rule": rule})
+        for rule in rules:
+            first.rule, known = ("budget", first.problem()) if rule == LAYERS else (rule, problem)
+            if rule == LAYERS:
+                known.heads = ()
+            evaluate(f"{rule} at the time of {name}", first.solve(known, None, cost), {"rule": rule})
         first.rule = "budget"
-        flat = first.problem()
-        flat.heads = ()
-        evaluate(f"layers only, at the time of {name}", first.solve(flat, None, cost), {"rule": "budget, no heads"})
-    for label in choices:
-        if "kind=" not in label and "top_p=" not in label:
+    for label in args.untuned.split(",") if args.untuned else choices:
+        if args.untuned or ("kind=" not in label and "top_p=" not in label):
             evaluate(f"untuned {label}", uniform(problem, label), {"rule": "untuned"})
 
 

@@ -58,6 +58,7 @@ from .video import output_error
 FORMAT, FORMAT_VERSION = "vidsparse-calibration", 1
 STATE, FRAMES = "calibration.json", "dense.npz"
 RANGE_ENDS = (0.125, 0.25, 0.5, 1.0)
+LEAST_ERROR = 1e-12
 TOLERANCE_DB = 0.3
 MAX_ROUNDS = 4
 BY_HEAD = ("radial", "pooled", "svg1", "random")
@@ -66,7 +67,10 @@ BY_HEAD = ("radial", "pooled", "svg1", "random")
 BANDS = tuple(f"svg1:density={d}:kind={k}" for k in ("spatial", "temporal") for d in (0.15, 0.3, 0.5))
 MENUS = {
     # On a CPU selecting from query and key costs more than it saves.
-    "cpu": ("radial", "radial:sink_frames=0", "radial:block_size=32", *BANDS[:2], *BANDS[3:5]),
+    "cpu": (
+        *(f"radial{size}{sink}" for size in ("", ":block_size=32") for sink in ("", ":sink_frames=0")),
+        *BANDS,
+    ),
     "cuda": (
         "radial",
         *(f"radial:density={d}" for d in (0.45, 0.6)),
@@ -442,9 +446,9 @@ class Tuning:
                 finally:
                     handle.remove()
                 measured = mean_error(frames, self.dense()[: len(frames)])
-                cells = self._cells_of(number)
-                expected = sum(cell.weight * cell.error(label) for cell in cells)
-                self.state["gains"][f"{number}:{method}"] = measured / max(expected, 1e-30)
+                expected = sum(cell.weight * cell.error(label) for cell in self._cells_of(number))
+                # Of a choice that is exact on this shape nothing can be learned.
+                self.state["gains"][f"{number}:{method}"] = measured / expected if expected > LEAST_ERROR else None
                 self._save()
 
     def _only(self, number: int, label: str) -> Table:
@@ -465,12 +469,12 @@ class Tuning:
         by_range = [self._cells_of(number) for number in range(len(self.ranges))]
         labels = [option.label for option in self.options]
         methods = {option.label: option.method for option in self.options} | {SKIP: SKIP}
+        known = [x for x in self.state["gains"].values() if x is not None] or [1.0]
         gains: list[dict[str, float]] = []
         for number in range(len(self.ranges)):
             own = {k.split(":")[1]: v for k, v in self.state["gains"].items() if k.split(":")[0] == str(number)}
-            gains.append(own)
-        known = [gain for own in gains for gain in own.values()]
-        gains = [own or {"": statistics.fmean(known)} for own in gains]
+            own = {method: gain for method, gain in own.items() if gain is not None}
+            gains.append(own or {"": statistics.fmean(known)})
         heads = [o.label for o in self.options if o.method in BY_HEAD] + [SKIP] if self.by_head else []
         cells = [[by_range[r][layer] for r in range(len(self.ranges))] for layer in range(len(by_range[0]))]
         steps = [high - low for low, high in self.ranges]
@@ -630,7 +634,7 @@ class Tuning:
         for number in range(MAX_ROUNDS):
             table = self.solve(problem, aim, share)
             error, cost = problem.total(table)
-            if error == 0:
+            if is_dense(table):
                 self._refuse_dense(problem)
             if str(table) in seen or (number and self._late()):
                 break
@@ -664,7 +668,7 @@ class Tuning:
         """Raises ConfigError: what is asked for leaves nothing but dense attention."""
         table = within_cost(problem, 0.98)
         error, cost = problem.total(table)
-        if cost >= 1 or error == 0:
+        if cost >= 1 or is_dense(table):
             raise ConfigError("No choice is faster than dense attention here, so there is nothing to tune.")
         raise ConfigError(
             f"A target of {self.target.psnr:g} dB leaves every call dense; the most that can be had with something saved is "
@@ -727,6 +731,11 @@ def next_aim(tried: list[tuple[float, float]], target: float) -> float:
         return below[0] + (above[0] - below[0]) * (target - below[1]) / (above[1] - below[1])
     aim, measured = tried[-1]
     return aim + target - measured
+
+
+def is_dense(table: Table) -> bool:
+    """Whether a table leaves every call as it is."""
+    return all(choice == DENSE for row in table for choice in row)
 
 
 def error_of(psnr: float) -> float:
