@@ -258,7 +258,7 @@ class Binding:
             model.register_forward_hook(_After(self)),
         ]
         if hasattr(type(model), "cache_context"):
-            model.cache_context = _CacheContext(model, self.run)
+            model.cache_context = _CacheContext(model, self.run, vars(model).get("cache_context"))
         for method in REPLACE_PROCESSORS:
             if hasattr(type(model), method):
                 setattr(model, method, _Rebind(model, self, method))
@@ -286,8 +286,15 @@ class Binding:
         self.run.forget()
         for handle in self._handles:
             handle.remove()
-        for attribute in ("cache_context", "compile", *REPLACE_PROCESSORS, BINDING):
-            vars(model).pop(attribute, None)
+        context = vars(model).get("cache_context")
+        # One that somebody put over ours stays; what was there before ours comes back.
+        if isinstance(context, _CacheContext):
+            del model.cache_context
+            if context.earlier is not None:
+                model.cache_context = context.earlier
+        for attribute in ("compile", *REPLACE_PROCESSORS, BINDING):
+            if isinstance(vars(model).get(attribute), _Compile | _Rebind | Binding):
+                vars(model).pop(attribute)
         if isinstance(model._compiled_call_impl, _AroundGraph):
             model._compiled_call_impl = model._compiled_call_impl.compiled
 
@@ -722,16 +729,20 @@ class _AroundGraph:
 
 
 class _CacheContext:
-    """Stands over a model's `cache_context`: tells the run what the pipeline says, then does what the class does."""
+    """Stands over a model's `cache_context`: tells the run what the pipeline says, then does what was done before.
 
-    def __init__(self, model: Any, run: RunState) -> None:
-        self.model, self.run = model, run
+    That is what the class does, or `earlier`, which somebody had set on this model.
+    """
+
+    def __init__(self, model: Any, run: RunState, earlier: Any = None) -> None:
+        self.model, self.run, self.earlier = model, run, earlier
 
     @contextlib.contextmanager
     def __call__(self, name: str, **kwargs: Any) -> Iterator[None]:
         self.run.enter(name, kwargs.get("step_index"), kwargs.get("num_inference_steps"))
         try:
-            with type(self.model).cache_context(self.model, name, **kwargs):
+            inner = self.earlier or functools.partial(type(self.model).cache_context, self.model)
+            with inner(name, **kwargs):
                 yield
         finally:
             self.run.leave()
