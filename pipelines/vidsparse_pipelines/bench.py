@@ -1,7 +1,7 @@
-"""Times of attention calls and of transformer blocks on this machine: every dense and sparse backend that is present.
+"""Times of attention calls, transformer blocks and denoising loops here: every dense and sparse backend that is present.
 
 Nothing is timed before it was found right: every backend against float64 on a small shape and on sampled rows of the
-timed one, every block with all of its tokens kept against the stock block.
+timed one, every block and pipeline with all of its tokens kept against the stock one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from vidsparse_kernels.testing import assert_close_to_oracle, make_block_mask, m
 from .environment import device_name, environment
 from .rates import dense_runs, spread_mask
 
-LEVELS = ("kernel", "block")
+LEVELS = ("kernel", "block", "pipeline")
 PACKAGES = {
     "flash": ("flash_attn", "flash-attn"),
     "_flash_3": ("flash_attn_interface", "flash-attn-3"),
@@ -46,6 +46,7 @@ APPROXIMATE = ("sage",)
 """They quantise, so they are not held to the error of dense attention."""
 
 ROUNDS = 3
+PIPELINE_STEPS, PIPELINE_LAYERS = 2, 2
 SAMPLED_ROWS = 32
 BLOCK_SIZE = 128
 
@@ -79,7 +80,7 @@ class Row:
     """One line of the table and of the CSV file.
 
     Attributes:
-        level: "kernel" or "block".
+        level: "kernel", "block" or "pipeline".
         name: what ran.
         counts: what the time contains beside attention.
         density: computed share of the (query, key) pairs.
@@ -139,7 +140,7 @@ def run(
         shape: default `GPU_SHAPE` or `CPU_SHAPE`.
         levels: of `LEVELS`.
         densities: of the sparse calls.
-        methods: timed at the level of a block.
+        methods: timed in a block and in a pipeline.
         milliseconds: per run and round.
         note: told what is left out and why.
 
@@ -163,8 +164,10 @@ def run(
         for level in levels:
             if level == "kernel":
                 runs = _kernel_runs(device, dtype, shape, densities, note)
-            else:
+            elif level == "block":
                 runs = _block_runs(device, dtype, shape, densities, methods, note)
+            else:
+                runs = _pipeline_runs(device, dtype, shape, densities, methods, note)
             rows += _time(level, runs, device, dtype, shape, milliseconds)
     return rows
 
@@ -310,8 +313,6 @@ def _block_runs(
     note: Callable[[str], None],
 ) -> list[_Run]:
     """One Wan block with random weights inside its model: stock, and through each method's processor."""
-    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-
     from vidsparse.methods import processor_class
 
     grid = shape.grid
@@ -324,14 +325,7 @@ def _block_runs(
     inputs = {name: x.to(device, dtype if x.ndim > 1 else None) for name, x in inputs.items()}
 
     def build() -> Any:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = WanTransformer3DModel(
-                patch_size=(1, 1, 1), num_attention_heads=shape.num_heads, attention_head_dim=shape.head_dim,
-                text_dim=64, ffn_dim=shape.ffn_dim or 4 * shape.num_heads * shape.head_dim, num_layers=1,
-            )  # fmt: skip
-        placed: Any = model
-        return placed.to(device, dtype).eval()
+        return _wan(device, dtype, shape, num_layers=1, patch_size=(1, 1, 1))
 
     def forward(model: Any) -> Any:
         return model(**inputs, return_dict=False)[0]
@@ -365,19 +359,103 @@ def _block_runs(
     return runs
 
 
+def _pipeline_runs(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: Shape,
+    densities: Sequence[float],
+    methods: Sequence[str],
+    note: Callable[[str], None],
+) -> list[_Run]:
+    """The denoising loop of a WanPipeline with random weights, from noise to latents: stock, and through each method.
+
+    The prompt comes encoded and the latents are not decoded: text encoder and VAE are not what differs.
+    """
+    from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+    import vidsparse
+
+    grid = shape.grid
+    pipe: Any = WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),  # pyright: ignore[reportArgumentType]
+        transformer=_wan(device, dtype, shape, num_layers=PIPELINE_LAYERS, patch_size=(1, 2, 2)),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    text = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    arguments: dict[str, Any] = {
+        "prompt_embeds": text[0],
+        "negative_prompt_embeds": text[1],
+        "height": 16 * grid.height,
+        "width": 16 * grid.width,
+        "num_frames": 4 * (grid.frames - 1) + 1,
+        "num_inference_steps": PIPELINE_STEPS,
+        "guidance_scale": 5.0,
+        "output_type": "latent",
+    }
+
+    def generate() -> Any:
+        return pipe(**arguments, generator=torch.Generator().manual_seed(0)).frames
+
+    def through(name: str, density: float) -> tuple[Any, Callable[[], Any]]:
+        """The method attached around each call, so that one model serves all."""
+        handle = vidsparse.apply(pipe, name, density=density, **plain)
+        report = (generate(), handle.report())
+        handle.remove()
+
+        def call() -> Any:
+            own = vidsparse.apply(pipe, name, density=density, **plain)
+            found = generate()
+            own.remove()
+            return found
+
+        return report, call
+
+    plain: dict[str, Any] = {"warmup_steps": 0, "dense_layers": 0, "min_tokens": 0}
+    wanted = generate()
+    (latents, _), _ = through("pooled", 1.0)
+    error = float((latents - wanted).float().norm() / wanted.float().norm())
+    if not error <= 20 * torch.finfo(dtype).eps:
+        raise WrongResult(f"A pipeline with every pair kept is off by {error:.1e}, so no speed is reported.")
+    counts = f"{PIPELINE_STEPS} steps with guidance, {PIPELINE_LAYERS} blocks, no dense steps or layers"
+    runs = [_Run("stock", generate, counts=counts, dense=True)]
+    for name in methods:
+        for density in densities:
+            (_, report), call = through(name, density)
+            reached = report.mean_density
+            if reached is None or report.dense_calls:
+                note(f"left out: {name}, which ran dense ({', '.join(report.dense_calls)})")
+                continue
+            runs.append(_Run(name, call, reached, f"{counts}; building the mask"))
+    return runs
+
+
+def _wan(device: torch.device, dtype: torch.dtype, shape: Shape, **config: Any) -> Any:
+    """A Wan transformer with random weights, the same every time."""
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = WanTransformer3DModel(
+            num_attention_heads=shape.num_heads, attention_head_dim=shape.head_dim, text_dim=64,
+            ffn_dim=shape.ffn_dim or 4 * shape.num_heads * shape.head_dim, **config,
+        )  # fmt: skip
+    return model.to(device, dtype).eval()
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _samples(call: Callable[[], Any], device: torch.device, milliseconds: float) -> list[float]:
+def _samples(call: Callable[[], Any], device: torch.device, milliseconds: float, least: int = 3) -> list[float]:
     """Milliseconds of single calls: by events on a GPU, by the clock elsewhere."""
     _wait(device)
     begun = time.perf_counter()
     call()
     _wait(device)
     once = 1000 * (time.perf_counter() - begun)
-    repeats = max(3, min(200, int(milliseconds / max(once, 1e-3))))
+    repeats = max(least, min(200, int(milliseconds / max(once, 1e-3))))
     if device.type == "cuda":
         pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
         for start, stop in pairs:
@@ -403,7 +481,7 @@ def _time(
         each.call()
     for _ in range(ROUNDS):
         for found, each in zip(samples, runs, strict=True):
-            found += _samples(each.call, device, milliseconds)
+            found += _samples(each.call, device, milliseconds, 1 if level == "pipeline" else 3)
     samples = [sorted(found) for found in samples]
     medians = [found[len(found) // 2] for found in samples]
     best = min(ms for ms, each in zip(medians, runs, strict=True) if each.dense)

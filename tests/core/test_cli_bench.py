@@ -18,18 +18,22 @@ from vidsparse_pipelines import bench
 SMALL = "bench --device cpu --grid 4x8x12 --heads 2 --head-dim 32 --milliseconds 2".split()
 
 
-def test_rows_of_both_levels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_of_all_levels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "new" / "rows.csv"
     assert main([*SMALL, "--density", "0.3,0.6", "--csv", str(file)]) == OK
     out = capsys.readouterr().out
     assert "results are right" in out and "one attention call" in out and "one transformer block" in out
+    assert "a denoising loop" in out
     with file.open(newline="") as opened:
         rows = list(csv.DictReader(opened))
     assert list(rows[0]) == bench.COLUMNS
     names = [(row["level"], row["name"]) for row in rows]
     assert names.count(("kernel", "sparse sdpa")) == 2
     assert ("kernel", "sparse, selected from q and k") in names and ("kernel", "sparse, radial mask built") in names
-    assert names.count(("block", "pooled")) == 2 and ("block", "stock") in names
+    for level in ("block", "pipeline"):
+        assert names.count((level, "pooled")) == 2 and (level, "stock") in names
+    sparse = [row for row in rows if row["level"] == "pipeline" and row["name"] == "pooled"]
+    assert [round(float(row["density"]), 1) for row in sparse] == [0.3, 0.6] and "2 steps" in sparse[0]["counts"]
     for row in rows:
         assert 0 < float(row["ms_p20"]) <= float(row["ms"]) <= float(row["ms_p80"])
         assert row["tokens"] == "384" and row["torch"] == torch.__version__
@@ -68,7 +72,10 @@ def test_a_wrong_kernel_stops_it(
     assert "so no speed is reported" in err and out == "" and not file.exists()
 
 
-def test_a_wrong_block_stops_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("level", ["block", "pipeline"])
+def test_a_wrong_model_stops_it(
+    level: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     attention = import_module("vidsparse.attention")
     real = attention.block_sparse_attention
 
@@ -77,7 +84,7 @@ def test_a_wrong_block_stops_it(capsys: pytest.CaptureFixture[str], monkeypatch:
         return out * 1.5 if isinstance(out, torch.Tensor) else (out[0] * 1.5, out[1])
 
     monkeypatch.setattr(attention, "block_sparse_attention", wrong)
-    assert main([*SMALL, "--level", "block"]) == BUG
+    assert main([*SMALL, "--level", level]) == BUG
     assert "every pair kept is off by" in capsys.readouterr().err
 
 
@@ -94,7 +101,7 @@ def test_sampled_rows_find_a_wrong_row() -> None:
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--level", "pipeline"], "--level must be kernel or block"),
+        (["--level", "layer"], "--level must be kernel or block or pipeline"),
         (["--density", "2"], "must be in (0, 1]"),
         (["--density", "x"], "--density must be a number"),
         (["--methods", "radical"], "must be one of radial"),

@@ -44,7 +44,6 @@ def test_a_guard_over_a_recipe_file(tmp_path: Path) -> None:
     [
         ("--guard 95", "`guard` must be above 0 and below 1, such as 0.95, got 95"),
         ("--guard much", "--guard must be a number"),
-        ("--sparse dense --guard 0.9", "has an option --guard"),
     ],
 )
 def test_bad_input(arguments: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

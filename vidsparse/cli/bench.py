@@ -102,7 +102,7 @@ def _print(rows: list[Any], notes: list[str]) -> None:
     line(f"{first.device}, torch {first.torch}, {first.dtype}")
     line(f"{first.tokens:,} tokens ({first.grid}), {first.num_heads} heads of {first.head_dim}; results are right\n")
     for level in dict.fromkeys(row.level for row in rows):
-        line("one attention call" if level == "kernel" else "one transformer block")
+        line({"kernel": "one attention call", "block": "one transformer block"}.get(level, "a denoising loop"))
         for row in (row for row in rows if row.level == level):
             speed = "" if row.tflops is None else f"  {row.tflops:8.2f} TFLOP/s"
             gain = "" if row.speedup is None else f"  {row.speedup:.2f} times as fast as the fastest dense"

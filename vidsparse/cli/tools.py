@@ -168,13 +168,17 @@ def compare(
 
 
 def bench(
-    level: Annotated[str, _option("--level", help="kernel, block or all (default).")] = "all",
+    level: Annotated[str, _option("--level", help="kernel, block, pipeline or all (default).")] = "all",
     density: Annotated[
         str, _option("--density", help="Of the sparse calls, comma-separated (default 0.2).", metavar="NUMBER,...")
     ] = "0.2",
     methods: Annotated[
         str,
-        _option("--methods", help="Timed in a block, comma-separated (default radial,pooled).", metavar="NAME,..."),
+        _option(
+            "--methods",
+            help="Timed in a block and a pipeline, comma-separated (default radial,pooled).",
+            metavar="NAME,...",
+        ),
     ] = "radial,pooled",
     grid: Annotated[
         str | None, _option("--grid", help="Latent grid (default 21x30x52 on a GPU, 21x8x12 on a CPU).")
@@ -190,7 +194,7 @@ def bench(
     csv: Annotated[str | None, _option("--csv", help="Append the rows to this file.", metavar="FILE")] = None,
     as_json: JSON = False,
 ) -> None:
-    """Time dense and sparse attention, and transformer blocks, on this machine. Exit code 1 if a result is wrong."""
+    """Time attention calls, transformer blocks and denoising loops, dense and sparse. Exit code 1 if a result is wrong."""
     from .bench import run
 
     _exit(
