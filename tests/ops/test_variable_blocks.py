@@ -183,7 +183,7 @@ def test_capacity_from_shapes_alone_is_enough(mask, tile_size, transposed):
     mask._cache.clear()
     patch = pytest.MonkeyPatch()
     with patch.context() as context:
-        context.setattr(tiles_module, "_capacity", lambda ends, *shape: tiles_module._most_tiles(*shape))
+        context.setattr(tiles_module, "_capacity", lambda ends, *shape: tiles_module.most_tiles(*shape))
         assert torch.equal(covered(mask, tile_size, transposed), exact)
     _, own = own_tiles(mask, tile_size, transposed=transposed)
     assert bool(((own < 0) | (unpacked(own)[1] > 0)).all())
@@ -319,7 +319,7 @@ def test_backends_that_take_only_uniform_blocks_say_so():
     mask = make_variable_block_mask(seq_len_q=70, num_kv_blocks=5)
     assert select_backend(q, k, v, mask)[0] == "sdpa"
     assert select_backend(q, k, v, mask, requires_grad=True)[0] == "reference"
-    with pytest.raises(UnsupportedBackendError, match='"hopper" (does not take blocks of variable size|needs)'):
+    with pytest.raises(UnsupportedBackendError, match='"hopper" needs'):
         block_sparse_attention(q, k, v, mask, backend="hopper")
 
 
@@ -336,7 +336,7 @@ from vidsparse_kernels.testing import (
 
 descriptors, generator = sys.argv[1] == "descriptors", torch.Generator().manual_seed(int(sys.argv[2]))
 # What a GPU allocates, with programs that have nothing to do.
-tiles._capacity = lambda ends, *shape: tiles._most_tiles(*shape)
+tiles._capacity = lambda ends, *shape: tiles.most_tiles(*shape)
 
 def pick(*options):
     return options[int(torch.randint(len(options), (), generator=generator))]

@@ -129,7 +129,9 @@ def block_sparse_attention(
             )
     with without_autocast(query.device.type):
         if backend in ("triton", "hopper"):
-            if backend == "hopper":
+            if backend == "hopper" and block_mask.variable:
+                from .hopper_packed import packed_forward as forward
+            elif backend == "hopper":
                 from .hopper import hopper_forward as forward
             else:
                 from .forward import triton_forward
@@ -263,8 +265,8 @@ def _obstacle(backend: str, case: _Case) -> str | None:
         return None
     if backend != "triton" and case.skips:
         return "does not take skip_threshold"
-    if backend == "hopper" and case.block_mask.variable:
-        return "does not take blocks of variable size"
+    if backend == "hopper" and case.block_mask.variable and case.has_bias:
+        return "does not take key_bias with blocks of variable size"
     if backend == "sdpa":
         if case.requires_grad:
             return "has no backward"

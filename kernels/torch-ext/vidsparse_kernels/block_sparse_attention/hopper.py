@@ -36,7 +36,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..block_mask import BlockMask
 from .configs import padded_head_dim
-from .forward import LOG2_E, _broadcast_strides, _tma_can_read
+from .forward import LOG2_E, _broadcast_strides, _readable, _tma_can_read
+from .runs import MAX_LIST
+from .tiles import MAX_TOKENS
 
 # Later versions of Triton name these differently.
 tma_load: Any = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -367,11 +369,7 @@ def hopper_forward(
     query, key, value = (x if _tma_can_read(x) else x.contiguous() for x in (query, key, value))
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(batch, num_heads, seq_len_q, dtype=torch.float32, device=query.device) if return_lse else None
-    counts, indices = (
-        x if x.stride(-1) == 1 else x.contiguous() for x in (block_mask.kv_num_blocks, block_mask.kv_indices)
-    )
-    if indices.shape[-1] == 0:
-        indices = torch.zeros(*indices.shape[:3], 1, dtype=torch.int32, device=indices.device)
+    counts, indices = _readable(block_mask.kv_num_blocks, block_mask.kv_indices)
     bias = None
     if key_bias is not None:
         bias = key_bias.to(torch.float32)
@@ -421,9 +419,15 @@ def unsupported(query: Tensor, key: Tensor, block_mask: BlockMask) -> str | None
         return f"computes in bf16 and fp16, not {query.dtype}"
     if not 32 < query.shape[3] <= 128:
         return f"supports head_dim from 33 to 128, got {query.shape[3]}"
-    if block_mask.q_block_size % BLOCK_M:
+    if block_mask.variable:
+        longest = max(block_mask.seq_len_q, block_mask.seq_len_kv)
+        if longest > MAX_TOKENS:
+            return f"supports up to {MAX_TOKENS} tokens with blocks of variable size, got {longest}"
+        if block_mask.kv_indices.shape[-1] > MAX_LIST:
+            return f"takes lists of at most {MAX_LIST} blocks of variable size, got {block_mask.kv_indices.shape[-1]}"
+    elif block_mask.q_block_size % BLOCK_M:
         return f"needs a q_block_size that is a multiple of {BLOCK_M}, got {block_mask.q_block_size}"
-    if block_mask.kv_block_size % 64:
+    elif block_mask.kv_block_size % 64:
         return f"needs a kv_block_size that is a multiple of 64, got {block_mask.kv_block_size}"
     if query.shape[3] % 8:
         return f"needs a head_dim that is a multiple of 8, got {query.shape[3]}"

@@ -138,10 +138,10 @@ def _capacity(ends: Tensor, seq_len: int, runs: int, tile_size: int) -> int:
     """Room for the tiles: on the CPU what is there, at least 1; elsewhere what shapes alone tell."""
     if ends.device.type == "cpu":
         return max(1, int(ends[..., -1].max()))
-    return _most_tiles(seq_len, runs, tile_size)
+    return most_tiles(seq_len, runs, tile_size)
 
 
-def _most_tiles(seq_len: int, runs: int, tile_size: int) -> int:
+def most_tiles(seq_len: int, runs: int, tile_size: int) -> int:
     """A run of n tokens takes at most (n + tile_size - 1) / tile_size tiles."""
     return (seq_len + runs * (tile_size - 1)) // tile_size
 
