@@ -181,6 +181,16 @@ def test_bad_input(
     assert words in err and err.count("\n") == 1 and [*tmp_path.iterdir()] == []
 
 
+def test_without_lpips_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from vidsparse_pipelines.compare import load_lpips
+
+    notes: list[str] = []
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    assert load_lpips(notes) is False and notes == ["There is no LPIPS: pip install lpips."]
+
+
 def test_folders_of_others(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "out"
     folder.mkdir()

@@ -21,6 +21,8 @@ from vidsparse_kernels import (
     permute_tokens,
     pool_blocks,
     pooled_tail_attention,
+    qk_norm_rope,
+    sampled_error,
     score_blocks,
     select_blocks,
     unpermute_tokens,
@@ -33,7 +35,9 @@ TOLERANCE = 2e-3
 """Largest error relative to the largest value, for kernels in fp32."""
 
 ATTENTION = "block_sparse_attention"
-OPS = ("block_selection", "clustering", "permutation", "pooled_tail", "linear_branch")
+OPS = (
+    "block_selection", "clustering", "permutation", "pooled_tail", "linear_branch", "qk_norm_rope", "sampled_error"
+)  # fmt: skip
 OTHER_BACKENDS = ("reference", "triton")
 
 
@@ -159,6 +163,30 @@ def linear(backend: str, device: torch.device) -> None:
     close("the output", out, truth.transpose(1, 2))
 
 
+def norm_and_rope(backend: str, device: torch.device) -> None:
+    x, weight, _ = make_qkv(seq_len_q=SEQ_LEN, head_dim=32, device=device)
+    weight = weight[0, 0, 0]
+    angle = torch.arange(SEQ_LEN, device=device)[:, None] * torch.linspace(0.01, 1, 16, device=device)
+    tables = tuple(t.repeat_interleave(2, -1) for t in (angle.cos(), angle.sin()))
+    out = qk_norm_rope(x, weight=weight, rotary=(tables[0], tables[1]), backend=backend)
+    y = x.double()
+    normed = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+    pairs = torch.view_as_complex(normed.unflatten(-1, (-1, 2)).contiguous())
+    turned = pairs * torch.polar(torch.ones_like(angle), angle).to(torch.complex128)[None, :, None]
+    close("the output", out, torch.view_as_real(turned).flatten(-2))
+
+
+def sampled(backend: str, device: torch.device) -> None:
+    query, key, value = make_qkv(seq_len_q=SEQ_LEN, head_dim=32, device=device)
+    out = torch.zeros_like(query)
+    found = sampled_error(query, key, value, out, first=10, among=200, count=16, offset=7, backend=backend)
+    rows = 10 + (torch.arange(16, device=device) * 200 + 7) // 16
+    q, k, v = (x.double().transpose(1, 2) for x in (query[:, rows], key, value))
+    exact = torch.softmax(q @ k.transpose(2, 3) * 32**-0.5, -1) @ v
+    norm = exact.square().sum(-1).flatten(1)
+    close("the error", found, torch.stack([norm, norm], -1))
+
+
 CHECKS: dict[str, Callable[[str, torch.device], None]] = {
     ATTENTION: attention,
     f"{ATTENTION} gradients": attention_backward,
@@ -167,6 +195,8 @@ CHECKS: dict[str, Callable[[str, torch.device], None]] = {
     "permutation": permutation,
     "pooled_tail": pooled_tail,
     "linear_branch": linear,
+    "qk_norm_rope": norm_and_rope,
+    "sampled_error": sampled,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from typing import Union
 
@@ -174,6 +175,8 @@ def _use_triton(backend: str, x: Tensor, cos: Tensor | None, requires_grad: bool
         from .forward import unsupported
 
         obstacle = unsupported(x, cos)
+    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        obstacle = obstacle or "needs a GPU"
     if obstacle is None and requires_grad and torch.is_grad_enabled():
         obstacle = "has no backward"
     if backend == "triton" and obstacle:

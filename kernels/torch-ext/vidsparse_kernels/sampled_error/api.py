@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 
 import torch
@@ -74,7 +75,7 @@ def sampled_error(
     options = {"first": first, "among": among, "count": count, "offset": offset, "heads": (begin, end), "scale": scale}
     obstacle = _obstacle(query, key, value, out)
     if backend == "triton" and obstacle is not None:
-        raise UnsupportedBackendError(f'backend "triton" {obstacle}; use backend="auto" or "reference".')
+        raise UnsupportedBackendError(f'backend "triton" {obstacle}; use backend="reference" or "auto" for this case.')
     if backend == "triton" or (backend == "auto" and obstacle is None and query.device.type == "cuda"):
         from .forward import triton_sampled_error
 
@@ -86,7 +87,9 @@ def sampled_error(
 def _obstacle(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> str | None:
     """Why the kernel cannot do this case, or None."""
     if find_spec("triton") is None:
-        return "is not installed (pip install triton)"
+        return "needs the package triton (pip install triton)"
+    if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "needs a GPU"
     if any(x.dtype != query.dtype for x in (key, value, out)) or query.dtype not in DTYPES:
         return f"takes one dtype of bfloat16, float16 and float32, not {[x.dtype for x in (query, key, value, out)]}"
     if query.shape[3] > MAX_HEAD_DIM:
