@@ -51,7 +51,9 @@ Written by `scripts/write_family_table.py` from a run of `tests/core/test_model_
 
 Every row is a tiny random model of the real diffusers class, on which nothing but
 `transformer.set_attn_processor(processor)` was called, on a grid that fills no whole number of blocks and, where the
-family has them, with padded prompts and their masks.
+family has them, with padded prompts and their masks. The shapes that people run, from Wan at 480p to Flux at 4096 x 4096,
+are in `tests/core/test_real_shapes.py`: narrow models of the same classes, every layer of which must find its grid and
+text.
 
 - *bare processor*: with every block kept, the output is the stock processor's within fp32 rounding; after the
   processor is taken off it is bit-identical to before.
