@@ -36,7 +36,7 @@ from vidsparse_kernels.clustering.update import triton_means, triton_update
 from vidsparse_kernels.permutation import permute_tokens, unpermute_tokens
 from vidsparse_kernels.permutation.gather import MoveConfig, triton_move
 
-SHAPES = ((32_760, 12), (32_760, 40), (75_600, 12), (75_600, 40))
+SHAPES = ((32_760, 12), (32_760, 40), (75_600, 12), (75_600, 40), (118_800, 24))
 CLUSTERS = (100, 300, 1000)
 HEAD_DIM = 128
 COPY_BYTES_PER_MS = 4.26e9
@@ -86,6 +86,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--repeats", type=int, default=15, help="timed runs of each row (default 15)")
     parser.add_argument("--compile-workers", type=int, default=8, help="processes that compile ahead (default 8)")
+    parser.add_argument("--defaults", action="store_true", help="iterations and flash-kmeans alone, at every shape")
     parser.add_argument("--warm", metavar="I/N", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -106,17 +107,19 @@ def main() -> int:
     }
     print("  ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
     started = time.monotonic()
-    compile_ahead(arguments.compile_workers)
-    print(f"compiled ahead in {time.monotonic() - started:.0f} s", flush=True)
+    if not arguments.defaults:
+        compile_ahead(arguments.compile_workers)
+        print(f"compiled ahead in {time.monotonic() - started:.0f} s", flush=True)
     try:
-        check_correctness()
+        check_correctness(variants=not arguments.defaults)
     except AssertionError as error:
         print(f"Wrong result, so no speed is reported: {error}", file=sys.stderr)
         return 1
     table = Table(arguments.repeats)
-    bench_variants(table)
+    if not arguments.defaults:
+        bench_variants(table)
     for seq_len, num_heads in SHAPES:
-        bench_shape(table, seq_len, num_heads)
+        (bench_iterations if arguments.defaults else bench_shape)(table, seq_len, num_heads)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps({"machine": machine, "rows": table.rows}, indent=1) + "\n")
@@ -175,31 +178,31 @@ def move(
     return triton_move(tensors, order, text_before=0, inverse=inverse, heads_first=heads_first, config=config)
 
 
-def check_correctness() -> None:
-    """Every variant on a ragged shape; the order also at full size."""
+def check_correctness(*, variants: bool) -> None:
+    """The defaults, or every variant, on a ragged shape; the order also at full size."""
     x = make_tokens(5003, 4)
     for count in (290, 1000):
         centroids = x[:, :count].transpose(1, 2).float() + 0.01
         rounded = centroids.bfloat16().double()
         scores = x.transpose(1, 2).double() @ rounded.transpose(2, 3) - rounded.square().sum(-1).unsqueeze(2) / 2
         best = scores.amax(-1)
-        for config in ASSIGN:
+        for config in ASSIGN if variants else [None]:
             labels = triton_assign(x, centroids, config=config)
             assert 0 <= int(labels.min()) and int(labels.max()) < count, f"labels out of range: {config}"
             lost = best - scores.gather(-1, labels.long().unsqueeze(-1)).squeeze(-1)
             assert float(lost.max()) < 1e-4 * float(best.abs().max()), f"not the nearest centroid: {config}"
         labels = assign_clusters(x, centroids)
         want = order_by_label(labels, count, backend="reference")
-        for sort in SORT:
+        for sort in SORT if variants else [None]:
             got = triton_order(labels, count, config=sort)
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=False)), f"order: {sort}"
         truth, counts = update_centroids(x.double(), labels, count, centroids.double())
-        for update in UPDATE:
+        for update in UPDATE if variants else [None]:
             means, got_counts, _ = triton_update(x, labels, count, centroids, config=update)
             assert torch.equal(got_counts, counts), f"counts: {update}"
             assert float((means.double() - truth).abs().max()) < 1e-5, f"means: {update}"
     order = want[0]
-    for config in MOVE:
+    for config in MOVE if variants else [None]:
         for inverse, reference in ((False, permute_tokens), (True, unpermute_tokens)):
             wanted = reference(x, order, backend="reference")
             for heads_first in (False, True):
@@ -328,6 +331,24 @@ def bench_shape(table: Table, seq_len: int, num_heads: int) -> None:
     moved = permute_tokens(query, order, heads_first=True)
     table.time("unpermute, heads first in", shape, partial(unpermute_tokens, moved, order), moved=2 * size)
     table.time("unpermute", shape, partial(unpermute_tokens, query, order), moved=2 * size)
+
+
+def bench_iterations(table: Table, seq_len: int, num_heads: int) -> None:
+    """Warm iterations with the defaults, and of flash-kmeans where it is installed."""
+    x = make_tokens(seq_len, num_heads)
+    started = {count: cluster(x, count, iterations=2).centroids for count in CLUSTERS}
+    for count, centroids in started.items():
+        columns: dict[str, Any] = dict(clusters=count, seq_len=seq_len, num_heads=num_heads)
+        run = partial(cluster, x, count, iterations=1, centroids=centroids)
+        table.time("iteration", columns, run, flops=2.0 * x.numel() * count)
+        bench_flash_kmeans(table, columns, x, centroids)
+
+    def both() -> None:
+        cluster(x, 300, iterations=1, centroids=started[300])
+        cluster(x, 1000, iterations=1, centroids=started[1000])
+
+    columns = dict(seq_len=seq_len, num_heads=num_heads)
+    table.time("iteration, q 300 + k 1000", columns, both, flops=2.0 * x.numel() * 1300)
 
 
 def bench_flash_kmeans(table: Table, columns: dict[str, Any], x: Tensor, centroids: Tensor) -> None:

@@ -32,9 +32,11 @@ METHODS = ("radial", "svg1", "random", "pooled", "pisa", "semantic", "vidsparse"
 Record = tuple[int, int, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def record(height: int, width: int, num_steps: int, steps: tuple[int, ...]) -> tuple[LatentGrid, list[Record]]:
+def record(
+    height: int, width: int, num_steps: int, steps: tuple[int, ...], device: str = "cpu"
+) -> tuple[LatentGrid, list[Record]]:
     """Step, layer, query, key and value of each self-attention, `[1, seq_len, heads, head_dim]`, guidance branch "cond"."""
-    pipe = WanPipeline.from_pretrained(str(bundled_model_path()))
+    pipe = WanPipeline.from_pretrained(str(bundled_model_path())).to(device)
     pipe.set_progress_bar_config(disable=True)
     grid = LatentGrid(21, height // 8, width // 8)
     found: list[Record] = []
@@ -82,13 +84,15 @@ def main() -> int:
     parser.add_argument("--size", default="96x160", help="HEIGHTxWIDTH")
     parser.add_argument("--steps", type=int, default=12, help="of the clip that is recorded")
     parser.add_argument("--record", type=Path, help="keep the tensors in this file, or take them from it")
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     height, width = (int(part) for part in arguments.size.split("x"))
     if arguments.record is not None and arguments.record.exists():
-        grid_sizes, found = torch.load(arguments.record)
+        grid_sizes, found = torch.load(arguments.record, map_location=arguments.device)
         grid = LatentGrid(*grid_sizes)
     else:
-        grid, found = record(height, width, arguments.steps, (arguments.steps // 3, 2 * arguments.steps // 3))
+        steps = (arguments.steps // 3, 2 * arguments.steps // 3)
+        grid, found = record(height, width, arguments.steps, steps, arguments.device)
         if arguments.record is not None:
             torch.save(((grid.frames, grid.height, grid.width), found), arguments.record)
     layout = TokenLayout(grid)
@@ -101,7 +105,7 @@ def main() -> int:
             for key, _, value in (pair.partition("=") for pair in pairs)
         }
         for density in (float(part) for part in arguments.densities.split(",")):
-            context = make_context(layout, Recipe.from_options(name, density=density, **options), "cpu")
+            context = make_context(layout, Recipe.from_options(name, density=density, **options), arguments.device)
             errors: dict[int, list[float]] = {}
             taken, started = [], time.perf_counter()
             for (_, layer, q, k, v), want in zip(found, dense, strict=True):

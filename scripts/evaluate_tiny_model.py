@@ -6,8 +6,9 @@
 Every method draws the same prompts from the same noise. Written are results.json (adherence by attribute with Wilson
 95 % intervals, PSNR and SSIM against dense with bootstrap intervals, seconds, density) and one contact sheet each for
 one and two objects. Beside the model's adherence stand the checker's own on real clips of the same prompts, and on
-those after the VAE: nothing that the model draws can be expected to score higher. The run ends within --seconds and
-writes what it has.
+those after the VAE: nothing that the model draws can be expected to score higher. With --baseline every method's PSNR
+and SSIM also stand as differences from that method's, clip by clip. The run ends within --seconds; what it has is
+written after each method, so name the most important ones first.
 
 A method may have options, as in radial:density=0.3:warmup_steps=4. "dense" means that nothing is attached.
 """
@@ -15,6 +16,7 @@ A method may have options, as in radial:density=0.3:warmup_steps=4. "dense" mean
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -114,6 +116,7 @@ class Evaluator:
         self.pipe, self.checker, self.args = pipe, checker, args
         self.device = torch.device(args.device)
         self.height, self.width = parse_size(args.size)
+        self.warmup: tuple[Tensor, Any] | None = None
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -126,7 +129,13 @@ class Evaluator:
     ) -> tuple[Tensor, float, float, dict | None]:
         """Clips `[B, 3, T, H, W]` uint8, seconds of denoising and of decoding, and the report."""
         what = method.name if method.recipe is None else vidsparse.Recipe.from_dict(method.recipe)
-        handle = vidsparse.apply(self.pipe, what, **method.options) if method.name != "dense" else None
+        options, scheduler, start_at = method.options, self.pipe.scheduler, {}
+        if self.warmup is not None and method.name != "dense":
+            latents, self.pipe.scheduler = self.warmup[0], resumed(self.warmup[1], self.args.share_warmup)
+            options, start_at = {**options, "warmup_steps": 0}, {"latents": latents}
+        elif self.args.share_warmup and method.name == "dense":
+            start_at = {"callback_on_step_end": self._keep_warmup}
+        handle = vidsparse.apply(self.pipe, what, **options) if method.name != "dense" else None
         try:
             start = self._now()
             output: Any = self.pipe(
@@ -140,14 +149,21 @@ class Evaluator:
                 generator=[torch.Generator("cpu").manual_seed(s) for s in seeds],
                 max_sequence_length=self.args.max_sequence_length,
                 output_type="latent",
+                **start_at,
             )
             middle = self._now()
             report = summary_of(handle.report()) if handle else None
         finally:
+            self.pipe.scheduler = scheduler
             if handle:
                 handle.remove()
         clips = self.decode(output.frames)
         return clips, middle - start, self._now() - middle, report
+
+    def _keep_warmup(self, pipe: Any, step: int, timestep: Any, kwargs: dict) -> dict:
+        if step == self.args.share_warmup - 1:
+            self.warmup = kwargs["latents"].clone(), copy.deepcopy(pipe.scheduler)
+        return {}
 
     def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         config = self.pipe.vae.config
@@ -173,6 +189,22 @@ class Evaluator:
         """Clips of the same specs as the renderer draws them."""
         params = sample_params([c.spec for c in batch], Random(f"real {batch[0].seed}"), self.height, self.width)
         return render(params.to(self.device), self.args.frames, self.height, self.width)
+
+
+def resumed(scheduler: Any, steps: int) -> Any:
+    """A copy of a scheduler that goes on after its first `steps` steps, whatever it is asked to begin."""
+    scheduler = copy.deepcopy(scheduler)
+    whole, step = scheduler.timesteps, scheduler.step
+
+    def set_timesteps(*args: Any, **kwargs: Any) -> None:
+        scheduler.timesteps = whole[steps:]  # what the pipeline goes through
+
+    def step_of_whole(*args: Any, **kwargs: Any) -> Any:
+        scheduler.timesteps = whole  # a step's order depends on how many are left
+        return step(*args, **kwargs)
+
+    scheduler.set_timesteps, scheduler.step = set_timesteps, step_of_whole
+    return scheduler
 
 
 def summary_of(report: Any) -> dict[str, Any]:
@@ -274,6 +306,13 @@ def results(
                 "only_dense_right": sum(c.right["dense"] and not c.right[label] for c in both),
                 "neither_right": sum(not c.right["dense"] and not c.right[label] for c in both),
             }
+            base = args.baseline
+            if base is not None and label != base:
+                shared = [c for c in done if base in c.psnr and label in c.psnr]
+                entry["minus_baseline"] = {
+                    name: bootstrap([getattr(c, name)[label] - getattr(c, name)[base] for c in shared])
+                    for name in ("psnr", "ssim")
+                }
         if outcome.report:
             entry["report"] = outcome.report
         methods[label] = entry
@@ -309,7 +348,7 @@ def evaluate(
     outcomes[OTHER_SEED] = Outcome()
     sheets = {1: Sheet(args.sheet_columns), 2: Sheet(args.sheet_columns)}
     warm: set[str] = set()
-    slowest, complete = 0.0, True
+    slowest, longest, complete = 0.0, 0.0, True
 
     def left() -> float:
         return args.seconds - (time.monotonic() - started)
@@ -340,6 +379,7 @@ def evaluate(
             complete = False
             break
         begun = time.monotonic()
+        ev.warmup = None
         prompts, seeds = [c.prompt for c in batch], [c.seed for c in batch]
         real = ev.real(batch)
         judge("real", batch, real)
@@ -348,8 +388,12 @@ def evaluate(
         compare("reconstructed", batch, rebuilt, to_bytes(real))
         rows = {"real": to_bytes(real)}
         dense: Tensor | None = None
-        for method in methods:
-            if method.label not in warm:  # compilation and first allocations are not timed
+        for number, method in enumerate(methods):
+            if number > 1 and left() < 1.5 * longest + args.reserve:
+                complete = False
+                break
+            method_begun = time.monotonic()
+            if args.warm and method.label not in warm:  # compilation and first allocations are not timed
                 ev.generate(method, prompts, seeds)
                 warm.add(method.label)
                 if left() < args.reserve:
@@ -366,6 +410,9 @@ def evaluate(
             else:
                 compare(method.label, batch, clips, dense)
             rows[method.label] = clips
+            longest = max(longest, time.monotonic() - method_begun)
+            write()
+            print(f"{time.monotonic() - started:.1f} s: {method.label}, {len(batch)} clips", flush=True)
         if dense is not None and outcomes[OTHER_SEED].clips < args.other_seed:
             count = min(len(batch), args.other_seed - outcomes[OTHER_SEED].clips)
             other, *_ = ev.generate(methods[0], prompts[:count], [s + 250_000 for s in seeds[:count]])
@@ -394,6 +441,20 @@ def main(argv: Sequence[str] | None = None) -> dict:
     parser.add_argument("--num-prompts", type=int, default=200, help="held-out prompts of one object")
     parser.add_argument("--num-pairs", type=int, default=200, help="held-out prompts of two objects")
     parser.add_argument("--method", default="dense,radial", help="comma-separated, NAME:OPTION=VALUE:...")
+    parser.add_argument("--baseline", help="the method, as written in --method, that the others are compared with")
+    parser.add_argument(
+        "--share-warmup",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draw the first N steps once, dense, and go on from there with every method; seconds are then of the rest",
+    )
+    parser.add_argument(
+        "--no-warm-run",
+        dest="warm",
+        action="store_false",
+        help="draw each method once; seconds then contain compilation",
+    )
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--max-sequence-length", type=int, default=64)
@@ -414,6 +475,12 @@ def main(argv: Sequence[str] | None = None) -> dict:
     methods = parse_methods(args.method)
     if min(args.num_prompts, args.num_pairs) < 0 or args.num_prompts + args.num_pairs < 1:
         parser.error(f"at least one prompt is needed, got {args.num_prompts} and {args.num_pairs}")
+    if not 0 <= args.share_warmup < args.steps:
+        parser.error(f"--share-warmup must be at least 0 and below the {args.steps} steps, got {args.share_warmup}")
+    if args.share_warmup and any("warmup_steps" in m.options or m.recipe is not None for m in methods):
+        parser.error("--share-warmup sets the dense steps: methods must not set warmup_steps or come from a file")
+    if args.baseline is not None and args.baseline not in [m.label for m in methods]:
+        parser.error(f"--baseline must be one of the methods, got {args.baseline!r}")
     args.output.mkdir(parents=True, exist_ok=True)
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     checker = load_checker(args.checker, args.device)

@@ -124,7 +124,14 @@ def test_ends_in_time_and_writes_what_it_has(script, folder, tmp_path):
 def test_decoding_is_the_pipelines(script, folder):
     pipe = WanPipeline.from_pretrained(str(folder / "model"))
     pipe.set_progress_bar_config(disable=True)
-    parser_values = {"device": "cpu", "size": f"{HEIGHT}x{WIDTH}", "frames": FRAMES, "steps": 2, "decode_batch": 1}
+    parser_values = {
+        "device": "cpu",
+        "size": f"{HEIGHT}x{WIDTH}",
+        "frames": FRAMES,
+        "steps": 2,
+        "decode_batch": 1,
+        "share_warmup": 0,
+    }
     args = script.argparse.Namespace(**parser_values, guidance_scale=4.0, max_sequence_length=64)
     ev = script.Evaluator(pipe, Checker(CheckerConfig(24, 8, 8, 16)).eval(), args)
     prompts, seeds = ["a red star spins", "a blue ring bounces"], [3, 4]
@@ -167,3 +174,17 @@ def test_bootstrap_covers_the_mean(script):
     entry = script.bootstrap(values)
     low, high = entry["bootstrap95"]
     assert low < sum(values) / 200 < high and 0.4 < high - low < 0.7
+
+
+def test_shared_warmup_changes_nothing(script, folder, tmp_path):
+    """Going on from dense steps that another run made gives the clips that a run of its own gives."""
+    method = "radial:density=0.5:dense_layers=0"
+    common = ("--steps", "4", "--num-pairs", "0", "--other-seed", "0", "--no-warm-run")
+    alone = run(script, folder, tmp_path / "alone", "--method", method + ":warmup_steps=2", *common)
+    more = ("--method", f"{method},random:density=0.5", "--share-warmup", "2", "--baseline", method)
+    shared = run(script, folder, tmp_path / "shared", *more, *common)
+    for first, second in zip(alone["clips"], shared["clips"], strict=True):
+        assert first["psnr"][method + ":warmup_steps=2"] == second["psnr"][method] < 90
+    against = shared["methods"]["random:density=0.5"]["minus_baseline"]["psnr"]
+    differences = [c["psnr"]["random:density=0.5"] - c["psnr"][method] for c in shared["clips"]]
+    assert against["clips"] == 2 and abs(against["mean"] - sum(differences) / 2) < 2e-3
