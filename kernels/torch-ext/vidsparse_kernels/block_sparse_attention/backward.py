@@ -28,7 +28,10 @@ from .forward import (
     TensorDescriptor,
     _broadcast_strides,
     _descriptor,
+    _listed_tiles,
     _load_tile,
+    _own_rows,
+    _readable,
     _tma_can_read,
 )
 from .tiles import own_tiles, tile_lists
@@ -176,18 +179,13 @@ def block_sparse_backward_query_kernel(
     batch = program // num_q_tiles // num_heads
     kv_head = head // GROUP_SIZE
     wide_batch, wide_head, wide_kv_head = batch.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
+    own = wide_batch * own_stride_b + wide_head * own_stride_h + slot
+    q_block, start_m, end_m = _own_rows(
+        own_blocks_ptr, own_tiles_ptr, own, slot, seq_len_q, BLOCK_M, Q_BLOCK, VARIABLE
+    )
     if VARIABLE:
-        own = wide_batch * own_stride_b + wide_head * own_stride_h + slot
-        own_tile = tl.load(own_tiles_ptr + own)
-        if own_tile < 0:
+        if end_m == 0:
             return
-        q_block = tl.load(own_blocks_ptr + own)
-        start_m = own_tile >> 8
-        end_m = start_m + (own_tile & 255) + 1
-    else:
-        start_m = slot * BLOCK_M
-        end_m = seq_len_q
-        q_block = start_m // Q_BLOCK
 
     if not DESCRIPTORS:
         query += wide_batch * query_stride_b + wide_head * query_stride_h
@@ -224,19 +222,12 @@ def block_sparse_backward_query_kernel(
     mass = tl.zeros([BLOCK_M], tl.float32)
 
     TILES: tl.constexpr = 1 if VARIABLE else KV_BLOCK // BLOCK_N  # pyright: ignore[reportAssignmentType]
-    num_tiles = count * TILES
+    num_tiles, last, overhang = _listed_tiles(indices_ptr, count, seq_len_kv, KV_BLOCK, BLOCK_N, VARIABLE)
     num_whole = num_tiles
-    last = 0
-    if not VARIABLE:
-        # As in the forward kernel: only the last listed block can be cut, and its cut tile stays out of the loop.
-        last = tl.load(indices_ptr + tl.maximum(count - 1, 0), mask=count > 0, other=0)
-        overhang = tl.maximum((last + 1) * KV_BLOCK - seq_len_kv, 0)
-        if count > 0:
-            num_tiles -= overhang // BLOCK_N
-        num_whole = num_tiles
-        if RAGGED_KV:
-            if (count > 0) & (overhang > 0):
-                num_whole -= 1
+    if RAGGED_KV and not VARIABLE:
+        # The cut tile of the last block stays out of the loop.
+        if overhang > 0:
+            num_whole -= 1
 
     for tile in tl.range(0, num_whole):  # pyright: ignore[reportGeneralTypeIssues]
         entry = tl.load(indices_ptr + tile // TILES)
@@ -348,19 +339,14 @@ def block_sparse_backward_key_value_kernel(
     batch = program // num_kv_tiles // num_owners
     kv_head = owner // (GROUP_SIZE // MEMBERS)
     wide_batch, wide_owner, wide_kv_head = batch.to(tl.int64), owner.to(tl.int64), kv_head.to(tl.int64)
+    # Heads that share a program share their blocks.
+    own = wide_batch * own_stride_b + wide_owner * MEMBERS * own_stride_h + slot
+    kv_block, start_n, end_n = _own_rows(
+        own_blocks_ptr, own_tiles_ptr, own, slot, seq_len_kv, BLOCK_N, KV_BLOCK, VARIABLE
+    )
     if VARIABLE:
-        # Heads that share a program share their blocks.
-        own = wide_batch * own_stride_b + wide_owner * MEMBERS * own_stride_h + slot
-        own_tile = tl.load(own_tiles_ptr + own)
-        if own_tile < 0:
+        if end_n == 0:
             return
-        kv_block = tl.load(own_blocks_ptr + own)
-        start_n = own_tile >> 8
-        end_n = start_n + (own_tile & 255) + 1
-    else:
-        start_n = slot * BLOCK_N
-        end_n = seq_len_kv
-        kv_block = start_n // KV_BLOCK
 
     if not DESCRIPTORS:
         query += wide_batch * query_stride_b
@@ -402,20 +388,12 @@ def block_sparse_backward_key_value_kernel(
         listed = indices_ptr + wide_batch * indices_stride_b + wide_head * indices_stride_h
         listed += kv_block.to(tl.int64) * indices_stride_n
 
-        num_tiles = count * TILES
+        num_tiles, last, overhang = _listed_tiles(listed, count, seq_len_q, Q_BLOCK, BLOCK_M, VARIABLE)
         num_whole = num_tiles
-        last = 0
-        if not VARIABLE:
-            # Only the last listed q-block can be cut. Descriptors read zeros there; pointers take a masked step after
-            # it.
-            last = tl.load(listed + tl.maximum(count - 1, 0), mask=count > 0, other=0)
-            overhang = tl.maximum((last + 1) * Q_BLOCK - seq_len_q, 0)
-            if count > 0:
-                num_tiles -= overhang // BLOCK_M
-            num_whole = num_tiles
-            if RAGGED_Q:
-                if (count > 0) & (overhang > 0):
-                    num_whole -= 1
+        if RAGGED_Q and not VARIABLE:
+            # Descriptors read zeros past the last query; pointers take a masked step after the loop.
+            if overhang > 0:
+                num_whole -= 1
 
         for tile in tl.range(0, num_whole):  # pyright: ignore[reportGeneralTypeIssues]
             entry = tl.load(listed + tile // TILES)
@@ -513,9 +491,7 @@ def triton_backward(
             lists = tile_lists(block_mask, other_size, transposed=transposed)
         else:
             lists = block_mask.transpose() if transposed else (block_mask.kv_num_blocks, block_mask.kv_indices)
-        counts, indices = (x if x.stride(-1) == 1 else x.contiguous() for x in lists)
-        if indices.shape[-1] == 0:
-            indices = torch.zeros(*indices.shape[:3], 1, dtype=torch.int32, device=indices.device)
+        counts, indices = _readable(*lists)
         own_blocks, own = counts, counts
         num_tiles = triton.cdiv(own_length, own_size)
         if variable:

@@ -55,6 +55,38 @@ def _load_tile(
 
 
 @triton.jit
+def _own_rows(
+    blocks_ptr, tiles_ptr, own, slot, seq_len,
+    OWN: tl.constexpr, BLOCK: tl.constexpr, VARIABLE: tl.constexpr,
+):  # fmt: skip
+    """(block, first row, end) of a program's tile of OWN rows; where VARIABLE from `own_tiles`, and end 0 for no tile."""
+    if VARIABLE:
+        tile = tl.load(tiles_ptr + own)
+        block = tl.load(blocks_ptr + own)
+        start = tile >> 8
+        end = tl.where(tile < 0, 0, start + (tile & 255) + 1)
+    else:
+        start = slot * OWN
+        end = seq_len
+        block = start // BLOCK
+    return block, start, end
+
+
+@triton.jit
+def _listed_tiles(indices_ptr, count, seq_len, BLOCK: tl.constexpr, TILE: tl.constexpr, VARIABLE: tl.constexpr):
+    """(number of tiles, last block, tokens that it lacks) of a list of blocks; where VARIABLE the list holds tiles.
+
+    Lists ascend, so only their last entry can be the shorter last block, which may lack some whole tiles.
+    """
+    num_tiles, last, overhang = count, 0, 0
+    if not VARIABLE:
+        last = tl.load(indices_ptr + tl.maximum(count - 1, 0), mask=count > 0, other=0)
+        overhang = tl.where(count > 0, tl.maximum((last + 1) * BLOCK - seq_len, 0), 0)
+        num_tiles = count * (BLOCK // TILE) - overhang // TILE
+    return num_tiles, last, overhang
+
+
+@triton.jit
 def _attend(
     acc, peak, mass, q, key, value, bias_ptr, batch, kv_head, start_n, end_n, voters, qk_scale_log2, skip_log2,
     key_stride_s, key_stride_d, value_stride_s, value_stride_d,
@@ -155,18 +187,13 @@ def block_sparse_forward_kernel(
     batch = program // num_q_tiles // num_heads
     kv_head = head // group_size
     wide_batch, wide_head, wide_kv_head = batch.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
+    own = wide_batch * own_stride_b + wide_head * own_stride_h + slot
+    q_block, start_m, end_m = _own_rows(
+        own_blocks_ptr, own_tiles_ptr, own, slot, seq_len_q, BLOCK_M, Q_BLOCK, VARIABLE
+    )
     if VARIABLE:
-        own = wide_batch * own_stride_b + wide_head * own_stride_h + slot
-        own_tile = tl.load(own_tiles_ptr + own)
-        if own_tile < 0:
+        if end_m == 0:
             return
-        q_block = tl.load(own_blocks_ptr + own)
-        start_m = own_tile >> 8
-        end_m = start_m + (own_tile & 255) + 1
-    else:
-        start_m = slot * BLOCK_M
-        end_m = seq_len_q
-        q_block = start_m // Q_BLOCK
 
     if not DESCRIPTORS:
         query += wide_batch * query_stride_b + wide_head * query_stride_h
@@ -195,14 +222,7 @@ def block_sparse_forward_kernel(
     TILES: tl.constexpr = 1 if VARIABLE else KV_BLOCK // BLOCK_N  # pyright: ignore[reportAssignmentType]
     # Keys past the end of a run belong to other blocks, those past the last token to nobody.
     RAGGED: tl.constexpr = VARIABLE or RAGGED_KV  # pyright: ignore[reportAssignmentType]
-    num_tiles = count * TILES
-    if not VARIABLE:
-        # Lists ascend, so only their last entry can be the shorter last block, which may lack some whole tiles.
-        last = tl.load(indices_ptr + tl.maximum(count - 1, 0), mask=count > 0, other=0)
-        overhang = tl.maximum((last + 1) * KV_BLOCK - seq_len_kv, 0)
-        if count > 0:
-            num_tiles -= overhang // BLOCK_N
-
+    num_tiles, _, _ = _listed_tiles(indices_ptr, count, seq_len_kv, KV_BLOCK, BLOCK_N, VARIABLE)
     for tile in tl.range(0, num_tiles):  # pyright: ignore[reportGeneralTypeIssues]
         entry = tl.load(indices_ptr + tile // TILES)
         if VARIABLE:
@@ -270,10 +290,7 @@ def triton_forward(
     lists, own = (block_mask.kv_num_blocks, block_mask.kv_indices), None
     if block_mask.variable:
         lists, own = tile_lists(block_mask, config.block_n), own_tiles(block_mask, config.block_m)
-    # Read in place whatever the strides are; only the innermost stride of the lists and the bias has to be 1.
-    counts, indices = (x if x.stride(-1) == 1 else x.contiguous() for x in lists)
-    if indices.shape[-1] == 0:
-        indices = torch.zeros(*indices.shape[:3], 1, dtype=torch.int32, device=indices.device)
+    counts, indices = _readable(*lists)
     bias = None
     if key_bias is not None:
         bias = key_bias if key_bias.stride(-1) == 1 else key_bias.contiguous()
@@ -353,6 +370,14 @@ def unsupported(query: Tensor, block_mask: BlockMask) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(query.device) < (8, 0):
         return "needs compute capability 8.0 or later"
     return None
+
+
+def _readable(counts: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Lists as kernels read them: in place whatever the strides are, but the innermost one 1, and no list of width 0."""
+    counts, indices = (x if x.stride(-1) == 1 else x.contiguous() for x in (counts, indices))
+    if indices.shape[-1] == 0:
+        indices = indices.new_zeros(*indices.shape[:3], 1)
+    return counts, indices
 
 
 def _broadcast_strides(x: Tensor, ndim: int) -> tuple[int, ...]:
