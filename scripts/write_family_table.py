@@ -68,9 +68,11 @@ text.
 - *pipeline*: a tiny pipeline of the real class runs from prompt to latents, with guidance; steps and branches are right.
 - *caches*: FirstBlockCache, PyramidAttentionBroadcast, FasterCache, MagCache and TaylorSeer, as far as the stock pipeline
   takes them; at least one of them, "no caches" where diffusers has none for the model.
-- *cache-dit* {cache_dit}: DBCache skips blocks as it does with the stock model, to the same output; *torchao* {torchao}:
-  int8 weights, likewise, quantised before and after binding. Neither package is in the tests that every change runs.
-- *context parallel*: two gloo processes with Ulysses give what one process gives, sparse; "no plan" where diffusers cannot split the model.
+- *cache-dit* {cache_dit}: DBCache skips blocks as it does with the stock model, to the same output; "one block" where the
+  tiny model has nothing to skip. *torchao* {torchao}: int8 weights, likewise, quantised before and after binding. Neither
+  package is in the tests that every change runs.
+- *context parallel*: two gloo processes with Ulysses give what one process gives, sparse; "no plan" where diffusers
+  cannot split the model.
 - A dot: not tried; other words: why the stock model itself cannot.
 
 """
@@ -87,8 +89,9 @@ The report of these calls says why, and under `strict` they raise `DenseFallback
 
 ## Remarks
 
-- History (Helios), reference images (Flux Kontext, Flux 2, Qwen-Image-Edit), keyframes (LTX-2), sound and conditions
-  (MiniMax-H3) and the filling between image and caption (Z-Image, HiDream) count as text: they see and are seen by all.
+- History (Helios, Framepack), reference images (Flux Kontext, Flux 2, Qwen-Image-Edit), keyframes (LTX-2), sound and
+  conditions (MiniMax-H3) and the filling between image and caption (Z-Image, HiDream) count as text: they see and are
+  seen by all.
 - Motif-Video's last layers attend to the encoded video beside the one that is made; that copy counts as text, too, so
   these layers gain little.
 - Latte is sparse within frames only; its attention over time has a few tokens.
@@ -145,6 +148,8 @@ def rows(found: dict[tuple[str, str], str]) -> list[str]:
         stock, sparse = cells[:2]
         cells.insert(2, "✓" if stock == sparse == "✓" and 2 in case.batches else "not tried")
         cells = ["no blocks" if cell.startswith("diffusers names no repeated blocks") else cell for cell in cells]
+        cells = ["one block" if cell.startswith("one block of each kind") else cell for cell in cells]
+        cells = ["diffusers adds no LoRA to it" if "'add_adapter'" in cell else cell for cell in cells]
         lines.append("| " + " | ".join([family, f"`{type(model).__name__}`", *cells]) + " |")
     return lines
 

@@ -140,6 +140,48 @@ def _hunyuan_15_inputs(batch: int, g: torch.Generator) -> Inputs:
     }
 
 
+def _framepack() -> Any:
+    return model_class("HunyuanVideoFramepackTransformer3DModel")(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=16,
+        pooled_projection_dim=8,
+        rope_axes_dim=(4, 6, 6),
+        has_image_proj=True,
+        image_proj_dim=8,
+        has_clean_x_embedder=True,
+    )
+
+
+def _framepack_inputs(batch: int, g: torch.Generator) -> Inputs:
+    def frames(first: int, count: int) -> torch.Tensor:
+        return torch.arange(first, first + count)
+
+    # Earlier frames in patches of (4, 8, 8), (2, 4, 4) and (1, 2, 2): 4, 12 and 84 tokens. The prompt of a batch of one
+    # is cut to its length, so that is the whole here.
+    return {
+        "hidden_states": randn(g, batch, 4, 5, 12, 14),
+        "timestep": torch.full((batch,), 500.0),
+        "encoder_hidden_states": randn(g, batch, 11, 16),
+        "encoder_attention_mask": prefix_mask(batch, 11, 11, 7),
+        "pooled_projections": randn(g, batch, 8),
+        "image_embeds": randn(g, batch, 3, 8),
+        "indices_latents": frames(8, 5),
+        "guidance": torch.full((batch,), 6000.0),
+        "latents_clean": randn(g, batch, 4, 2, 12, 14),
+        "indices_latents_clean": frames(6, 2),
+        "latents_history_2x": randn(g, batch, 4, 2, 12, 14),
+        "indices_latents_history_2x": frames(4, 2),
+        "latents_history_4x": randn(g, batch, 4, 4, 12, 14),
+        "indices_latents_history_4x": frames(0, 4),
+    }
+
+
 def _cogvideox(**config: Any) -> Any:
     settings = {
         "num_attention_heads": 2,
@@ -950,6 +992,14 @@ CASES: dict[str, Case] = {
     ),
     "HunyuanVideo-1.5": Case(
         _hunyuan_15, _hunyuan_15_inputs, VIDEO, text=((0, 13),), dense=("token_refiner.refiner_blocks.0.attn",)
+    ),
+    "HunyuanVideo Framepack": Case(
+        _framepack,
+        _framepack_inputs,
+        VIDEO,
+        text=((100, 14),),
+        dense=("token_refiner.refiner_blocks.0.attn",),
+        regional=False,
     ),
     "CogVideoX-2B": Case(_cogvideox, _cogvideox_inputs, VIDEO, text=((7, 0),), regional=False),
     "CogVideoX-5B": Case(

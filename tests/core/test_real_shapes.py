@@ -94,6 +94,21 @@ SHAPES = {
         (0, 256),
         {"patch_size": 2},
     ),
+    "Framepack, 480p, 9 frames at a time": Shape(
+        "HunyuanVideo Framepack",
+        (9, 30, 52),
+        lambda: {
+            **latents(4, 9, 60, 104)(),
+            **HUNYUAN_TEXT,
+            "indices_latents": torch.arange(20, 29),
+            "latents_clean": torch.zeros(1, 4, 2, 60, 104),
+            "latents_history_2x": torch.zeros(1, 4, 2, 60, 104),
+            "latents_history_4x": torch.zeros(1, 4, 16, 60, 104),
+            "indices_latents_history_4x": torch.arange(16),
+        },
+        # History in patches of (1, 2, 2), (2, 4, 4) and (4, 8, 8); 60 tokens of the prompt and 3 of the image.
+        (2 * 30 * 52 + 15 * 26 + 4 * 8 * 13, 63),
+    ),
     "CogVideoX 5B, 480p, 49 frames": Shape(
         "CogVideoX-5B",
         (13, 30, 45),

@@ -10,7 +10,7 @@ from vidsparse.processors.families.cogvideox import COGVIDEOX
 from vidsparse.processors.families.flux import CHROMA, FLUX, FLUX_2
 from vidsparse.processors.families.helios import HELIOS
 from vidsparse.processors.families.hidream import HIDREAM
-from vidsparse.processors.families.hunyuan_video import HUNYUAN_VIDEO, HUNYUAN_VIDEO_15
+from vidsparse.processors.families.hunyuan_video import HUNYUAN_VIDEO, HUNYUAN_VIDEO_15, HUNYUAN_VIDEO_FRAMEPACK
 from vidsparse.processors.families.images import AURAFLOW, COGVIEW_4, HUNYUAN_IMAGE, LATTE, PIXART
 from vidsparse.processors.families.kandinsky import KANDINSKY_5
 from vidsparse.processors.families.ltx import LTX, LTX_2
@@ -28,6 +28,7 @@ FAMILIES: tuple[Family, ...] = (
     WAN,
     HUNYUAN_VIDEO,
     HUNYUAN_VIDEO_15,
+    HUNYUAN_VIDEO_FRAMEPACK,
     COGVIDEOX,
     MOCHI,
     LTX,

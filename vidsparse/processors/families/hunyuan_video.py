@@ -1,14 +1,18 @@
-"""HunyuanVideo and HunyuanVideo-1.5: joint attention, video first, then text whose padding is masked."""
+"""HunyuanVideo, HunyuanVideo-1.5 and Framepack: joint attention, video first, then text whose padding is masked.
+
+Framepack's earlier frames stand before the video at three resolutions; they count as text, seen by all and seeing all.
+"""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from vidsparse.processors.families.base import Arguments, Family, video_grid
+from vidsparse.processors.families.base import Arguments, Family, read_once, video_grid
 
 
 def _is_target(path: str, module: Any) -> bool:
@@ -23,6 +27,26 @@ def _text(arguments: Arguments, config: Any) -> Sequence[tuple[int, int]]:
 def _text_15(arguments: Arguments, config: Any) -> Sequence[tuple[int, int]]:
     names = ("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")
     return ((0, sum(arguments[name].shape[1] for name in names)),)
+
+
+FRAMEPACK_HISTORY = {
+    "latents_clean": ("indices_latents_clean", (1, 2, 2)),
+    "latents_history_2x": ("indices_latents_history_2x", (2, 4, 4)),
+    "latents_history_4x": ("indices_latents_history_4x", (4, 8, 8)),
+}
+"""Earlier frames: their positions, without which they are left out, and their patches, frames first."""
+
+
+def _text_framepack(arguments: Arguments, config: Any) -> Sequence[tuple[int, int]]:
+    history = 0
+    for name, (positions, patches) in FRAMEPACK_HISTORY.items():
+        latents = arguments.get(name)
+        if latents is not None and arguments.get(positions) is not None:
+            history += math.prod(-(-size // patch) for size, patch in zip(latents.shape[2:], patches, strict=True))
+    mask = arguments["encoder_attention_mask"]
+    # The prompt of a single sample is cut to its length, those of a batch are masked.
+    prompt = read_once(mask, lambda mask: int(mask.sum())) if len(mask) == 1 else mask.shape[1]
+    return ((history, arguments["image_embeds"].shape[1] + prompt),)
 
 
 class HunyuanVideo15Processor:
@@ -88,4 +112,11 @@ HUNYUAN_VIDEO_15 = Family(
     grid=video_grid,
     text=_text_15,
     processors={"HunyuanVideo15AttnProcessor2_0": HunyuanVideo15Processor},
+)
+HUNYUAN_VIDEO_FRAMEPACK = Family(
+    name="HunyuanVideo Framepack",
+    model_classes=("HunyuanVideoFramepackTransformer3DModel",),
+    is_target=_is_target,
+    grid=video_grid,
+    text=_text_framepack,
 )

@@ -14,9 +14,6 @@ REFUSED: dict[str, str] = {
         "it attends to the kept keys of a reference video through a block mask of its own, for which there is no single "
         "grid; its predecessor Wan-Animate is supported"
     ),
-    "HunyuanVideoFramepackTransformer3DModel": (
-        "it packs earlier frames at several resolutions into one sequence, which is no single grid of frames"
-    ),
     "Cosmos3OmniTransformer": (
         "it packs all samples and modalities into one sequence without a batch, with causal attention over the text"
     ),
