@@ -6,10 +6,13 @@ schedule. `vidsparse.attention.attend` runs them in one path; a published method
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+
+from vidsparse.errors import ConfigError
 
 if TYPE_CHECKING:
     from vidsparse.processors.context import AttentionContext
@@ -229,15 +232,43 @@ class MemoryBudget:
     Attributes:
         limit: bytes, None for no limit.
         used: bytes now.
+        most: bytes at the fullest.
         refused: times that something had no room.
     """
 
     def __init__(self, limit: int | None = None) -> None:
-        self.limit, self.used, self.refused = limit, 0, 0
+        self.limit, self.used, self.most, self.refused = limit, 0, 0, 0
 
     def take(self, size: int) -> bool:
         if size > 0 and self.limit is not None and self.used + size > self.limit:
             self.refused += 1
             return False
         self.used += size
+        self.most = max(self.most, self.used)
         return True
+
+
+def size_in_words(size: int) -> str:
+    """Bytes as people read them."""
+    unit, power = next((x for x in (("GiB", 30), ("MiB", 20)) if size >= 1 << x[1]), ("KiB", 10))
+    return f"{size / (1 << power):.1f} {unit}"
+
+
+def check_reuse(limit_gib: float | None, device: torch.device) -> None:
+    """Refuse a limit on what reuse may keep that the memory of a device cannot hold.
+
+    Raises:
+        ConfigError: the limit is above all the memory of the device.
+    """
+    if limit_gib is None:
+        return
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    elif device.type == "cpu" and hasattr(os, "sysconf"):
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    if limit_gib * 2**30 > total:
+        raise ConfigError(
+            f"`reuse_gib` must be at most the {total / 2**30:.0f} GiB of memory of {device}, got {limit_gib:g}."
+        )

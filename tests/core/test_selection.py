@@ -17,6 +17,7 @@ from vidsparse.parts import LayerMemory, MemoryBudget, Selection, token_density
 from vidsparse.processors.context import AttentionContext
 from vidsparse.recipe import Recipe
 from vidsparse.selection.blocks import forced_blocks
+from vidsparse.selection.clusters import ClusterSelector
 from vidsparse_kernels import BlockMask
 from vidsparse_kernels.testing import masked_attention_oracle
 
@@ -338,6 +339,49 @@ def test_on_a_cpu_it_runs_dense_and_says_so(build_transformer, forward):
 def test_bad_settings(options, sentence):
     with pytest.raises(ConfigError, match=sentence):
         vidsparse.PooledProcessor(**options)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "sentence"),
+    [
+        ("semantic", {"k_clusters": 10**6}, "`k_clusters` must be at most the [0-9]+ video tokens there are, got 1000000"),
+        ("vidsparse", {"q_clusters": 10**6}, "`q_clusters` must be at most the [0-9]+ video tokens there are"),
+        ("pooled", {"refresh_every": 2, "reuse_gib": 1e9}, "`reuse_gib` must be at most the [0-9]+ GiB of memory of cpu"),
+    ],
+)  # fmt: skip
+def test_more_than_there_is_is_refused_before_any_work(build_transformer, forward, method, options, sentence):
+    """In a dense warm-up step already, and before the first layer."""
+    model, ran = build_transformer(), []
+    model.patch_embedding.register_forward_hook(lambda *_: ran.append(1))
+    model.set_attn_processor(processor_class(method)(warmup_steps=2, **options))
+    with pytest.raises(ConfigError, match=sentence):
+        forward(model)
+    assert not ran
+
+
+@pytest.mark.parametrize(
+    ("sizes", "clusters"),
+    [((21, 30, 52), (200, 1000)), ((21, 45, 80), (300, 1000)), ((33, 45, 80), (400, 1000)), ((33, 30, 52), (200, 1000)),
+     ((5, 8, 8), (10, 10))],
+)  # fmt: skip
+def test_published_clusters_by_default(sizes, clusters):
+    """Wan and HunyuanVideo at 480p and 720p in the scripts of Sparse VideoGen 2; small videos at most a 32nd."""
+    for method in ("semantic", "vidsparse"):
+        parts, note = processor_class(method)().parts(TokenLayout(LatentGrid(*sizes)), "cpu")
+        assert isinstance(parts.selector, ClusterSelector) and note is not None
+        assert (parts.selector.clustering.q_clusters, parts.selector.clustering.k_clusters) == clusters
+        assert f"{clusters[0]} clusters of queries and {clusters[1]} of keys" in note
+
+
+def test_what_is_kept_is_reported(build_pipeline, generate):
+    pipe = build_pipeline()
+    notes = {}
+    for every in (1, 2):
+        handle = vidsparse.apply(pipe, "pooled", refresh_every=every, **ALWAYS)
+        generate(pipe)
+        notes[every] = [note for note in handle.report().notes if "kept from step to step" in note]
+        handle.remove()
+    assert notes[1] == [] and len(notes[2]) == 1 and float(notes[2][0].split()[-2]) > 0
 
 
 def test_oracle_agrees_on_top_p():

@@ -25,8 +25,10 @@ class SemanticConfig:
     """Settings of the method "semantic"; defaults are those of the authors' Wan 2.1 text-to-video script at 720p.
 
     Attributes:
-        q_clusters: clusters of the queries of a head, default 300 (the authors use 200 at 480p, 400 for HunyuanVideo).
-        k_clusters: clusters of the keys, default 1000. Both are lowered to at most a 32nd of the tokens.
+        q_clusters: clusters of the queries of a head, at most one per token. Default None: the authors' number for so many
+            tokens, 200 up to 60,000 (480p), 300 up to 100,000 (Wan at 720p), 400 beyond (HunyuanVideo at 720p).
+        k_clusters: clusters of the keys, at most one per token; default None: the authors' 1000. Either is lowered to at
+            most a 32nd of the tokens.
         top_p: softmax mass that the chosen clusters of a row reach, in (0, 1]; default 0.9.
         density: in place of `top_p`, the share of the key clusters (blocks) that every row takes, in (0, 1].
         min_share: least share of the key clusters of a row, in [0, 1]; default 0.1.
@@ -38,8 +40,8 @@ class SemanticConfig:
         ConfigError: a value is out of range.
     """
 
-    q_clusters: int = 300
-    k_clusters: int = 1000
+    q_clusters: int | None = None
+    k_clusters: int | None = None
     top_p: float | None = None
     density: float | None = None
     min_share: float = 0.1
@@ -50,6 +52,8 @@ class SemanticConfig:
     def __post_init__(self) -> None:
         for name in ("q_clusters", "k_clusters", "first_iterations", "step_iterations"):
             value = getattr(self, name)
+            if value is None and name in ("q_clusters", "k_clusters"):
+                continue
             if not is_whole(value) or value < 1:
                 raise ConfigError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
         if self.density is not None and self.top_p is not None:
@@ -59,6 +63,20 @@ class SemanticConfig:
                 check_share(name, getattr(self, name))
         if not is_number(self.min_share) or not 0 <= self.min_share <= 1:
             raise ConfigError(f"`min_share` must be in [0, 1], got {self.min_share!r}.")
+
+    def clusters(self, tokens: int) -> tuple[int, int]:
+        """Clusters of queries and of keys for so many video tokens.
+
+        Raises:
+            ConfigError: more of them were asked for than there are tokens.
+        """
+        found = []
+        for name, published in (("q_clusters", published_q_clusters(tokens)), ("k_clusters", PUBLISHED_K_CLUSTERS)):
+            count = getattr(self, name)
+            if count is not None and count > tokens:
+                raise ConfigError(f"`{name}` must be at most the {tokens} video tokens there are, got {count}.")
+            found.append(min(published if count is None else count, max(1, tokens // TOKENS_PER_CLUSTER)))
+        return found[0], found[1]
 
     @property
     def share(self) -> float | None:
@@ -73,6 +91,12 @@ class SemanticConfig:
 
 DEFAULT_TOP_P = 0.9
 TOKENS_PER_CLUSTER = 32
+PUBLISHED_K_CLUSTERS = 1000
+
+
+def published_q_clusters(tokens: int) -> int:
+    """Clusters of queries in the authors' scripts for models of so many tokens (Cosmos, 56,320 with 400, left out)."""
+    return 200 if tokens <= 60_000 else 300 if tokens <= 100_000 else 400
 
 
 class SemanticProcessor(SparseProcessor):
@@ -98,20 +122,19 @@ class SemanticProcessor(SparseProcessor):
         q_block_size, _ = block_sizes(grid.num_tokens + text_before + text_after)
         return TokenLayout(grid, text_before, text_after, block_size=q_block_size)
 
+    def check(self, grid: LatentGrid) -> None:
+        self.config.clusters(grid.num_tokens)
+
     def parts(self, layout: TokenLayout, device: Any) -> tuple[Parts, str | None]:
         from vidsparse.break_even import CLUSTER_FACTOR, CLUSTER_OVERHEAD
         from vidsparse.parts import Parts
         from vidsparse.selection.clusters import Clustering, ClusterSelector
 
         config = self.config
-        most = max(1, layout.grid.num_tokens // TOKENS_PER_CLUSTER)
-        clustering = Clustering(
-            min(config.q_clusters, most), min(config.k_clusters, most), config.first_iterations, config.step_iterations
-        )
+        q_clusters, k_clusters = config.clusters(layout.grid.num_tokens)
+        clustering = Clustering(q_clusters, k_clusters, config.first_iterations, config.step_iterations)
         selector = ClusterSelector(layout, clustering, config.mass, config.min_share, config.share)
-        note = None
-        if most < config.k_clusters:
-            note = f"{most} clusters at most, of {TOKENS_PER_CLUSTER} tokens in the mean, for grid {layout.grid}"
+        note = f"{q_clusters} clusters of queries and {k_clusters} of keys in each head, for grid {layout.grid}"
         density = config.share
         return Parts(selector=selector, density=density, overhead=CLUSTER_OVERHEAD, factor=CLUSTER_FACTOR), note
 

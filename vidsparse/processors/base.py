@@ -74,6 +74,14 @@ class SparseProcessor(ABC):
     def layout(self, grid: LatentGrid, text_before: int = 0, text_after: int = 0) -> TokenLayout:
         """Blocks over the tokens of a grid and the text beside it."""
 
+    def check(self, grid: LatentGrid) -> None:
+        """Called before each forward of a model, the dense ones too: refuse a grid that cannot be served.
+
+        Raises:
+            ConfigError: a setting asks for more than the grid has.
+        """
+        return
+
     def parts(self, layout: TokenLayout, device: Any) -> tuple[Parts, str | None]:
         """The method on a layout and device, and a note for the report or None."""
         from vidsparse.parts import Parts

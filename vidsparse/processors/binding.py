@@ -21,7 +21,7 @@ from vidsparse.break_even import CallShape
 from vidsparse.errors import DenseFallbackError, UnsupportedModelError
 from vidsparse.guard import LEVELS, is_denser
 from vidsparse.layout import TokenLayout
-from vidsparse.parts import Parts
+from vidsparse.parts import Parts, check_reuse, size_in_words
 from vidsparse.processors.base import SparseProcessor
 from vidsparse.processors.context import MAX_MASKS, AttentionContext, RunState
 from vidsparse.processors.families import FAMILIES, Family, family_of, supported_models
@@ -303,6 +303,7 @@ class Binding:
 
         Raises:
             DenseFallbackError: under `strict`, a layer would run dense, or on a slow backend, without being asked to.
+            ConfigError: the grid or the device's memory is too small for what was asked.
         """
         arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
         if self.family.hidden_states not in arguments:
@@ -311,6 +312,8 @@ class Binding:
         training = torch.is_grad_enabled() and model.training
         self.run.start_forward(self._timestep(arguments), training)
         forward = _Forward(self._layouts(arguments, model.config))
+        check_reuse(self.processor.recipe.schedule.reuse_gib, hidden_states.device)
+        self.processor.check(forward.layouts[0].grid)
         seq_len = forward.layouts[0].seq_len
         obstacle = self.family.obstacle(arguments, model.config)
         reasons = [self._dense_reason(layer, seq_len, training) or obstacle for layer in self.layers]
@@ -530,6 +533,8 @@ class Binding:
             )
         self._rows = []
         if self.run.is_last_step:
+            if self.run.budget.most:
+                self.run.report.note(f"kept from step to step: at most {size_in_words(self.run.budget.most)}")
             # What was kept serves nobody any more; the video is still to be decoded.
             self.run.forget(self.run.branch)
 

@@ -106,6 +106,8 @@ class RunState:
             if branch is None or of == branch:
                 self._memories.pop((name, of)).clear()
         self.budget.refused = 0
+        if branch is None:
+            self.budget.most = 0
 
     def forget_layer(self, layer_name: str) -> None:
         """Drop what one layer kept, of all branches: it goes on with other settings."""
