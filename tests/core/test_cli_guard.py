@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from vidsparse import Recipe
-from vidsparse.cli import BAD_INPUT, OK, main
+from vidsparse.cli import BAD_INPUT, OK, launch, main
 from vidsparse.cli.table import guard_lines
 from vidsparse_pipelines.testing import save_tiny_wan
 
@@ -64,3 +67,47 @@ def test_lines() -> None:
     assert lines[-1] == "  and 9 more, in the JSON" and len(lines) == 14
     assert guard_lines({"guard": {**guard, "least": None}}) == ["guard 0.95: nothing was sparse"]
     assert guard_lines({"guard": None}) == guard_lines({}) == []
+
+
+def test_ranks_decide_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each of two processes samples its own heads; were their sums not added, one would go dense without the other."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(str(Path(path).resolve()) for path in sys.path if path))
+    monkeypatch.chdir(tmp_path)
+    tiny = save_tiny_wan(Path("tiny"), vae_patch=2)
+    words = f"generate --model {tiny} -p cat --size 64x64 --frames 17 --steps 5 --seed 1 --sparse pooled --density 0.4"
+    common = [*words.split(), "--warmup-steps", "1", "--dense-layers", "0", "--device", "cpu", "--min-tokens", "0"]
+    guarded = [*common, "--guard", "0.97", "--json", "--ulysses-degree", "2", "-o", "two.png"]
+    assert launch.launch(guarded, 2) == OK
+    two = json.loads(capfd.readouterr().out)["report"]
+    assert two["guard"]["raised"] and two["guard"]["calls"] == two["num_sparse_calls"]
+    assert two["dense_calls"].get("raised by the guard", 0) > 0
+
+
+RANK = """
+import sys
+import torch
+from vidsparse.guard import Guard
+
+rank = int(sys.argv[1])
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+import torch.distributed._functional_collectives
+group = torch.distributed.group.WORLD.group_name
+sums = torch.tensor([[[0.4 * rank, 1.0]], [[0.1, 0.5]]])
+print(Guard().collect([("a", [sums])], group)["a"].agreement())
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_sums_of_the_ranks_belong_together(tmp_path: Path) -> None:
+    """Alone, one rank would see an agreement of 0.6 and the other of 0.8; the worst sample has 0.4 of 2 wrong."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(Path(path).resolve()) for path in sys.path if path)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", RANK, str(rank), str(tmp_path / "meet")],
+            env=environment, stdout=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    assert [float(process.communicate(timeout=120)[0]) for process in started] == [0.8, 0.8]
