@@ -129,7 +129,8 @@ class Evaluator:
     ) -> tuple[Tensor, float, float, dict | None]:
         """Clips `[B, 3, T, H, W]` uint8, seconds of denoising and of decoding, and the report."""
         what = method.name if method.recipe is None else vidsparse.Recipe.from_dict(method.recipe)
-        options, scheduler, start_at = method.options, self.pipe.scheduler, {}
+        options, scheduler = method.options, self.pipe.scheduler
+        start_at: dict[str, Any] = {}
         if self.warmup is not None and method.name != "dense":
             latents, self.pipe.scheduler = self.warmup[0], resumed(self.warmup[1], self.args.share_warmup)
             options, start_at = {**options, "warmup_steps": 0}, {"latents": latents}
