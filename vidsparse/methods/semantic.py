@@ -52,8 +52,9 @@ class SemanticConfig:
     def __post_init__(self) -> None:
         for name in ("q_clusters", "k_clusters", "first_iterations", "step_iterations"):
             value = vars(self)[name]
-            unset = value is None and name in ("q_clusters", "k_clusters")
-            if not unset and (not is_whole(value) or value < 1):
+            if name in ("q_clusters", "k_clusters") and value is None:
+                continue
+            if not is_whole(value) or value < 1:
                 raise ConfigError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
         if self.density is not None and self.top_p is not None:
             raise ConfigError(f"Give `density` or `top_p`, not both; got {self.density!r} and {self.top_p!r}.")
