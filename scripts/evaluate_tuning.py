@@ -24,7 +24,8 @@ import numpy as np
 from vidsparse_pipelines.compare import Clip, bootstrap, held_out_prompts
 from vidsparse_pipelines.environment import environment
 from vidsparse_pipelines.progress import Observer
-from vidsparse_pipelines.tune import MENUS, RULE_MENUS, Target, clip_psnrs, prepare, psnr_of
+from vidsparse_pipelines.tune import MENUS, RULE_MENUS, Target, prepare
+from vidsparse_pipelines.tune_calibration import clip_psnrs, psnr_of
 from vidsparse_pipelines.tune_rules import RULES, uniform
 
 
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--price-tokens", type=int)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--menu", default="cuda", choices=sorted(MENUS))
+    parser.add_argument("--menu", default="cuda", help=f"{' or '.join(sorted(MENUS))}, or choices, comma-separated")
     parser.add_argument("--rules", default=",".join([*RULES, LAYERS]), help="baselines; may be empty")
     parser.add_argument(
         "--untuned", default="", help="methods by their own schedule, default all choices but the rules'"
@@ -63,7 +64,10 @@ def main() -> None:
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     width, height = map(int, args.size.split("x"))
-    choices, rules = list(MENUS[args.menu]), [rule for rule in args.rules.split(",") if rule]
+    choices, rules = (
+        list(MENUS.get(args.menu) or args.menu.split(",")),
+        [rule for rule in args.rules.split(",") if rule],
+    )
     for rule in rules:
         choices += [label for label in RULE_MENUS.get(rule, ()) if label not in choices]
 
@@ -83,7 +87,7 @@ def main() -> None:
     for text in args.targets.split(","):
         one = tuning(Target(psnr=float(text)), f"budget-{text}")
         if first is not None:
-            one._loaded, one._dense, one._replay = first._loaded, first._dense, first._replay
+            one.calibration = first.calibration
         data = one.run()
         first = first or one
         best = data["best"]
@@ -94,14 +98,14 @@ def main() -> None:
         }
         tables.append((f"budget {text} dB", table, facts))
     assert first is not None
-    problem = first.problem()
-    dense = np.concatenate([first._generate(batch)[0] for batch in batches])
+    problem = first.calibration.problem()
+    dense = np.concatenate([first.calibration.generate(batch)[0] for batch in batches])
 
     def evaluate(name: str, table: Any, facts: dict[str, Any]) -> None:
         if time.perf_counter() - STARTED > args.seconds:
             return
         error, cost = problem.total(table)
-        frames, seconds, density = first._run_table(table, batches)
+        frames, seconds, density = first.calibration.run_table(table, batches)
         psnrs = clip_psnrs(frames, dense)
         rows[name] = {
             **facts, "attention": cost, "predicted_psnr": psnr_of(error), "psnr": bootstrap(psnrs),
@@ -113,7 +117,7 @@ def main() -> None:
         )
         document = {
             "command": shlex.join(["python", *sys.argv]), "environment": environment(), "settings": vars(args),
-            "choices": choices, "calibration": first.state, "held_out": rows,
+            "choices": choices, "calibration": first.calibration.state, "held_out": rows,
         }  # fmt: skip
         (args.output / "results.json").write_text(json.dumps(document, indent=1, default=str) + "\n")
 
@@ -122,12 +126,11 @@ def main() -> None:
     for name, table, _ in list(tables):
         cost = problem.total(table)[1]
         for rule in rules:
-            first.rule, known = ("budget", first.problem()) if rule == LAYERS else (rule, problem)
-            if rule == LAYERS:
-                known.heads = ()
+            first.rule = "budget" if rule == LAYERS else rule
+            known = first.calibration.problem(by_head=rule != LAYERS)
             evaluate(f"{rule} at the time of {name}", first.solve(known, None, cost), {"rule": rule})
         first.rule = "budget"
-    for label in args.untuned.split(",") if args.untuned else choices:
+    for label in [] if args.untuned == "none" else args.untuned.split(",") if args.untuned else choices:
         if args.untuned or ("kind=" not in label and "top_p=" not in label):
             evaluate(f"untuned {label}", uniform(problem, label), {"rule": "untuned"})
 

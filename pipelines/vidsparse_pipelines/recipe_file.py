@@ -10,6 +10,7 @@ from vidsparse.layout import LatentGrid
 from vidsparse.methods import processor_class
 from vidsparse.recipe import Recipe
 
+from .costs import read_shape
 from .device import resolve_device
 from .environment import device_name
 from .model_info import ModelInfo
@@ -46,8 +47,6 @@ def suggested(recipe: dict[str, Any]) -> dict[str, Any]:
     Returns:
         Fields of `GenerateSettings`; empty for a recipe that was not tuned.
     """
-    from .model_info import inspect_model
-
     tuned = recipe.get("tuned_for") or {}
     found: dict[str, Any] = {}
     if tuned.get("model") is not None:
@@ -55,9 +54,10 @@ def suggested(recipe: dict[str, Any]) -> dict[str, Any]:
     if tuned.get("num_steps") is not None:
         found["num_inference_steps"] = tuned["num_steps"]
     if tuned.get("grid") is not None and "model" in found:
-        info, grid = inspect_model(found["model"]), LatentGrid(**tuned["grid"])
-        found["num_frames"] = (grid.frames - 1) * info.temporal + 1
-        found["height"], found["width"] = grid.height * info.multiple[0], grid.width * info.multiple[1]
+        shape, grid = read_shape(found["model"]), LatentGrid(**tuned["grid"])
+        rows, columns = (shape.spatial * size for size in shape.patch[1:])
+        found["num_frames"] = (grid.frames * shape.patch[0] - 1) * shape.info.temporal + 1
+        found["height"], found["width"] = grid.height * rows, grid.width * columns
     return found
 
 
@@ -84,13 +84,9 @@ def check_recipe(settings: GenerateSettings, info: ModelInfo) -> list[str]:
         if not low <= steps <= high:
             raise ConfigError(f"The recipe was tuned for {low} to {high} steps, got {steps}; choose another --steps.")
     if tuned.grid is not None:
-        tuned.check_grid(_grid(settings, info))
+        shape = read_shape(settings.model)
+        tuned.check_grid(shape.grid(settings.num_frames or 1, settings.height or 0, settings.width or 0))
     here = device_name(resolve_device(settings.device))
     if tuned.device is not None and tuned.device.split(",")[0] != here.split(",")[0]:
         return [f"The recipe weighs the times of {tuned.device}; on {here} its quality holds, its speed may not."]
     return []
-
-
-def _grid(settings: GenerateSettings, info: ModelInfo) -> LatentGrid:
-    frames = ((settings.num_frames or 1) - 1) // info.temporal + 1
-    return LatentGrid(frames, (settings.height or 0) // info.multiple[0], (settings.width or 0) // info.multiple[1])

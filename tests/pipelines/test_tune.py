@@ -43,16 +43,20 @@ def tuned(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tuning,
 def test_the_recipe_gives_what_was_said(tuned: tuple[Tuning, dict[str, Any]]) -> None:
     tuning, data = tuned
     recipe = Recipe.from_json(tuning.output.read_text())
-    assert recipe.tuned_for is not None and recipe.tuned_for.grid == tuning.grid and recipe.tuned_for.num_steps == 2
+    assert (
+        recipe.tuned_for is not None
+        and recipe.tuned_for.grid == tuning.calibration.grid
+        and recipe.tuned_for.num_steps == 2
+    )
     best = data["best"]
     assert 0.5 < best["attention"] < 0.9 and best["density"] < 1
     # What the file computes is what was measured: the same clips, the same PSNR.
     import vidsparse
 
-    handle = vidsparse.apply(tuning._pipe(), recipe, strict=True)
-    frames, _ = tuning._generate(tuning.clips)
+    handle = vidsparse.apply(tuning.calibration.pipe(), recipe, strict=True)
+    frames, _ = tuning.calibration.generate(tuning.calibration.clips)
     handle.remove()
-    assert np.mean(clip_psnrs(frames, tuning.dense())) == pytest.approx(best["psnr"], abs=0.01)
+    assert np.mean(clip_psnrs(frames, tuning.calibration.dense())) == pytest.approx(best["psnr"], abs=0.01)
     assert recipe.tuned_for.psnr == pytest.approx(best["psnr"], abs=0.01)
 
 
@@ -64,35 +68,34 @@ def test_cells_hold_the_error_of_the_call_itself(tuned: tuple[Tuning, dict[str, 
 
     tuning, _ = tuned
     caught: list[tuple[torch.Tensor, ...]] = []
-    block = tuning.models[0].blocks[1].attn1
+    block = tuning.calibration.models[0].blocks[1].attn1
     from diffusers.models.transformers import transformer_wan
 
     real = transformer_wan.dispatch_attention_fn
 
     def catch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **rest: Any) -> torch.Tensor:
-        if key.shape[1] == query.shape[1] == tuning.grid.num_tokens:
+        if key.shape[1] == query.shape[1] == tuning.calibration.grid.num_tokens:
             caught.append((query, key, value))
         return real(query, key, value, **rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformer_wan, "dispatch_attention_fn", catch)
-        tuning._generate(tuning.clips, decode=False)
+        tuning.calibration.generate(tuning.calibration.clips, decode=False)
     assert block is not None and len(caught) == 2 * 2 * 2
     # The last range is the second of two steps; two layers, two guidance branches.
-    number = len(tuning.ranges) - 1
-    step = (tuning.ranges[number][0] + tuning.ranges[number][1] - 1) // 2
+    number = len(tuning.calibration.ranges) - 1
+    step = (tuning.calibration.ranges[number][0] + tuning.calibration.ranges[number][1] - 1) // 2
     label = "pooled:density=0.25"
-    context = make_context(TokenLayout(tuning.grid), Recipe.from_options("pooled", density=0.25), "cpu")
+    context = make_context(TokenLayout(tuning.calibration.grid), Recipe.from_options("pooled", density=0.25), "cpu")
     squares, whole = torch.zeros(2, dtype=torch.float64), 0.0
     for branch in range(2):
         q, k, v = caught[(step * 2 + branch) * 2 + 1]
-        dense = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(
-            1, 2
-        )
+        qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
+        dense = torch.nn.functional.scaled_dot_product_attention(qt, kt, vt).transpose(1, 2)
         difference = (attend(q, k, v, context)[0] - dense).double()
         squares = squares[: q.shape[2]] + difference.square().sum((0, 1, 3))
         whole += float(dense.double().square().sum())
-    measured = tuning.state["cells"][str(number)]["1"]["by_head"][label]
+    measured = tuning.calibration.state["cells"][str(number)]["1"]["by_head"][label]
     assert measured == pytest.approx((squares / whole).tolist(), rel=1e-3)
 
 
@@ -100,20 +103,23 @@ def test_a_second_run_measures_nothing_again(tiny: Path, tuned: tuple[Tuning, di
     first, data = tuned
     again = make(tiny, first.output.parent, Target(psnr=45.0))
     made: list[int] = []
-    generate = again._generate
-    again._generate = lambda *args, **rest: made.append(1) or generate(*args, **rest)  # type: ignore[method-assign]
+    generate = again.calibration.generate
+    again.calibration.generate = lambda *args, **rest: made.append(1) or generate(*args, **rest)  # type: ignore[method-assign]
     result = again.run()
-    assert len(made) == len(result["rounds"]) and again.key == first.key
+    assert len(made) == len(result["rounds"]) and again.calibration.key == first.calibration.key
     assert [x["psnr"] for x in result["rounds"]] == pytest.approx([x["psnr"] for x in data["rounds"]], abs=1e-3)
-    assert again.state["cells"] == first.state["cells"] and again.state["gains"] == first.state["gains"]
+    assert (
+        again.calibration.state["cells"] == first.calibration.state["cells"]
+        and again.calibration.state["gains"] == first.calibration.state["gains"]
+    )
 
 
 def test_a_new_choice_is_the_only_one_measured(tiny: Path, tuned: tuple[Tuning, dict[str, Any]]) -> None:
     first, _ = tuned
     more = make(tiny, first.output.parent, Target(share=0.6), choices=[*CHOICES, "pooled:density=0.9"])
-    before = json.dumps(first.state["cells"]["0"]["0"]["by_head"]["pooled:density=0.25"])
+    before = json.dumps(first.calibration.state["cells"]["0"]["0"]["by_head"]["pooled:density=0.25"])
     data = more.run()
-    cell = more.state["cells"]["0"]["0"]
+    cell = more.calibration.state["cells"]["0"]["0"]
     assert "pooled:density=0.9" in cell["by_head"] and json.dumps(cell["by_head"]["pooled:density=0.25"]) == before
     assert data["best"]["attention"] <= 0.6 and data["best"]["psnr"] < 60
 
@@ -121,21 +127,21 @@ def test_a_new_choice_is_the_only_one_measured(tiny: Path, tuned: tuple[Tuning, 
 def test_looking_changes_nothing(tuned: tuple[Tuning, dict[str, Any]]) -> None:
     """Models are as before: no hook, no forward of ours, and dense clips come out as the first ones did."""
     tuning, _ = tuned
-    for model in tuning.models:
+    for model in tuning.calibration.models:
         assert "forward" not in vars(model) and not model._forward_pre_hooks
-    frames, _ = tuning._generate(tuning.clips)
-    assert np.array_equal(frames, tuning.dense())
+    frames, _ = tuning.calibration.generate(tuning.calibration.clips)
+    assert np.array_equal(frames, tuning.calibration.dense())
 
 
 def test_a_replay_gives_back_the_generation(tuned: tuple[Tuning, dict[str, Any]]) -> None:
     tuning, _ = tuned
-    replay = tuning._recorded()
+    replay = tuning.calibration.recorded()
     computed: list[int] = []
-    hook = tuning.models[0].blocks[0].register_forward_hook(lambda *_: computed.append(1))
-    with replay.replaying(tuning.models, 3):
-        frames, _ = tuning._generate(tuning.clips)
+    hook = tuning.calibration.models[0].blocks[0].register_forward_hook(lambda *_: computed.append(1))
+    with replay.replaying(tuning.calibration.models, 3):
+        frames, _ = tuning.calibration.generate(tuning.calibration.clips)
     hook.remove()
-    assert np.array_equal(frames, tuning.dense()) and len(computed) == len(replay.outputs) - 3
+    assert np.array_equal(frames, tuning.calibration.dense()) and len(computed) == len(replay.outputs) - 3
 
 
 @pytest.mark.parametrize("rule", ["sparse-vdit", "sparge"])
@@ -157,7 +163,7 @@ def test_generate_and_compare_use_the_file(
     tiny: Path, tuned: tuple[Tuning, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "mine.json"
-    file.write_text(tuned[0].recipe(tuned[0].rounds[0]["table"]).to_json())
+    file.write_text(tuned[0].calibration.recipe(tuned[0].rounds[0]["table"]).to_json())
     clip = tmp_path / "clip.mp4"
     assert (
         main(["generate", "--recipe", str(file), "-p", "a cat", "-o", str(clip), "--dtype", "fp32", "--strict"]) == OK
@@ -198,7 +204,7 @@ def test_a_recipe_for_something_else_is_refused(
     tiny: Path, tuned: tuple[Tuning, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "mine.json"
-    file.write_text(tuned[0].recipe(tuned[0].rounds[0]["table"]).to_json())
+    file.write_text(tuned[0].calibration.recipe(tuned[0].rounds[0]["table"]).to_json())
     ask = f"generate --recipe {file} -p cat -o {tmp_path / 'no.mp4'}"
     assert "whose weights are not those of" in bad(capsys, f"{ask} --model vidsparse-tiny")
     assert "tuned for 24 to 96 video tokens (grid 3x4x4), this video has 112" in bad(capsys, f"{ask} --frames 25")
@@ -257,4 +263,6 @@ def test_little_time_means_fewer_clips(tiny: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     data = tuning.run()
     assert data["clips"] == 1 and len(data["rounds"]) == 1
-    assert [clip.prompt for clip in tuning.clips] == ["a cat"] and isinstance(tuning.clips[0], Clip)
+    assert [clip.prompt for clip in tuning.calibration.clips] == ["a cat"] and isinstance(
+        tuning.calibration.clips[0], Clip
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 
@@ -35,7 +36,7 @@ def problem(seed: int, layers: int = 2, ranges: int = 2, heads: tuple[str, ...] 
     return Problem(cells, steps, gains, [[prices] * ranges] * layers, 1.05, ["a", "b", "whole"], heads, methods)
 
 
-def every_table(p: Problem) -> list[list[list[object]]]:
+def every_table(p: Problem) -> list[Any]:
     single = ["dense", *p.whole]
     mixed = [c for c in itertools.product(("dense", *p.heads), repeat=HEADS) if len(set(c)) > 1] if p.heads else []
     rows = [list(row) for row in itertools.product([*single, *mixed], repeat=len(p.steps))]
@@ -47,7 +48,7 @@ def every_table(p: Problem) -> list[list[list[object]]]:
 def test_close_to_the_best_of_all_tables(seed: int, heads: tuple[str, ...]) -> None:
     """What Lagrange leaves is at most what one cell can save."""
     p = problem(seed, heads=heads)
-    totals = [p.total(table) for table in every_table(p)]  # type: ignore[arg-type]
+    totals = [p.total(table) for table in every_table(p)]
     largest = max(p.steps) / (len(p.cells) * sum(p.steps))
     for budget in (0.1, 1.0, 5.0, 20.0):
         error, cost = p.total(within_error(p, budget))
