@@ -202,7 +202,7 @@ def dealt(method: str, rows: int = 12, head_dim: int = 12, **options: Any) -> di
         for block in model.blocks:
             block.attn1.norm_q.weight.view(4, -1).mul_(torch.tensor([30.0, 30.0, 0.1, 0.1], device=DEVICE[0])[:, None])
 
-    def steps() -> tuple[list[torch.Tensor], Any]:
+    def steps() -> tuple[list[torch.Tensor], Any, list[float]]:
         handle = vidsparse.apply(model, method, **OPTIONS, strict=True, **options)
         out = [
             run(model, {**given, "timestep": torch.full((2,), 900.0 - 100 * step, device=DEVICE[0])})
@@ -211,12 +211,12 @@ def dealt(method: str, rows: int = 12, head_dim: int = 12, **options: Any) -> di
         memories = [handle._run.memory(layer.layer_name, None) for layer in handle._bindings["transformer"].layers]
         found = [(memory.loads, memory.heads) for memory in memories]
         handle.remove()
-        return out, found
+        return out, found, [row.density for row in handle.report().rows]
 
-    want, _ = steps()
+    want, _, densities = steps()
     parallel(model)
-    got, found = steps()
-    return {"want": torch.stack(want), "got": torch.stack(got), "layers": found}
+    got, found, joined = steps()
+    return {"want": torch.stack(want), "got": torch.stack(got), "layers": found, "densities": (densities, joined)}
 
 
 def refusals() -> dict[str, str]:
@@ -364,6 +364,8 @@ def test_heads_are_dealt_by_what_they_compute(ranks, name):
     heads_were_dealt(ranks, name)
     for rank in ranks:
         torch.testing.assert_close(rank["dealt"][name]["got"], rank["dealt"][name]["want"], atol=1e-5, rtol=1e-4)
+        want, joined = rank["dealt"][name]["densities"]
+        assert len(set(want)) > 1 and joined == pytest.approx(want, abs=1.1e-4), "the report is of all heads"
 
 
 def heads_were_dealt(ranks: list[dict[str, Any]], name: str) -> None:

@@ -25,7 +25,7 @@ from vidsparse.parts import Parts, check_reuse, size_in_words
 from vidsparse.processors.base import SparseProcessor
 from vidsparse.processors.context import MAX_MASKS, AttentionContext, RunState
 from vidsparse.processors.families import FAMILIES, Family, family_of, supported_models
-from vidsparse.processors.parallel import Shards, deal_heads, make_shards, may_deal, refusal
+from vidsparse.processors.parallel import Shards, deal_heads, make_shards, may_deal, mean_over_ranks, refusal
 from vidsparse.report import Raised, Row
 from vidsparse.schedule import ASKED_FOR, GUARDED, METHOD_DENSE, UNKNOWN_STEP
 
@@ -505,6 +505,8 @@ class Binding:
             ((layer.layer_name, layer.measured) for layer in self.layers if layer.called),
             None if shards is None else shards.group,
         )
+        if shards is not None:
+            self._join_densities(shards)
         for layer, row, bias_backend in zip(self.layers, self._rows, self._bias_backends, strict=False):
             if not layer.called:
                 continue
@@ -537,6 +539,14 @@ class Binding:
                 self.run.report.note(f"kept from step to step: at most {size_in_words(self.run.budget.most)}")
             # What was kept serves nobody any more; the video is still to be decoded.
             self.run.forget(self.run.branch)
+
+    def _join_densities(self, shards: Shards) -> None:
+        """A rank knows what its own heads computed; the report is of all heads."""
+        layers = [layer for layer in self.layers if layer.called and layer.late_reason is None and layer.selected]
+        if layers:
+            own = [layer.selected[2] for layer in layers]
+            for layer, density in zip(layers, mean_over_ranks(own, shards, layers[0].device_type), strict=True):
+                layer.selected = (*layer.selected[:2], density)
 
     def _dealt(self, shards: Shards | None, forward: _Forward, parts: Parts | None, memory: Any) -> Shards | None:
         """A layer's shards, with the heads as they were dealt out to the ranks."""

@@ -225,6 +225,19 @@ def deal_heads(memories: list[LayerMemory], shards: Shards) -> None:
             memory.keep("centroids", moved, list(moved))
 
 
+def mean_over_ranks(densities: list[torch.Tensor | float], shards: Shards, device_type: str) -> list[Any]:
+    """Densities of all heads, from those of each rank's; nobody waits for them."""
+    found = [x for x in densities if isinstance(x, torch.Tensor)]
+    if not found and device_type != "cpu":
+        return densities  # Exact steps only, on every rank.
+    device = found[0].device if found else torch.device("cpu")
+    share = shards.local_heads / shards.num_heads
+    own = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=device) for x in densities]) * share
+    collectives = torch.ops._c10d_functional
+    together = collectives.wait_tensor(collectives.all_reduce(own, "sum", shards.group))
+    return together.tolist() if device_type == "cpu" else list(together.unbind())
+
+
 def _gather(x: torch.Tensor, shards: Shards) -> torch.Tensor:
     """`[ranks, ...]` of every rank's `x`."""
     collectives = torch.ops._c10d_functional
