@@ -16,7 +16,7 @@ from vidsparse.methods import processor_class
 from vidsparse.parts import LayerMemory, MemoryBudget, Selection, token_density
 from vidsparse.processors.context import AttentionContext
 from vidsparse.recipe import Recipe
-from vidsparse.selection.blocks import forced_blocks
+from vidsparse.selection.blocks import PooledSelector, forced_blocks
 from vidsparse.selection.clusters import ClusterSelector
 from vidsparse_kernels import BlockMask
 from vidsparse_kernels.testing import masked_attention_oracle
@@ -274,6 +274,21 @@ def test_a_generation_reuses_per_branch_and_the_next_one_starts_anew(build_pipel
     assert report.num_sparse_calls == report.num_calls == 3 * 4 * 2
     assert report.sparse_density is not None and 0.4 <= report.sparse_density < 0.7
     handle.remove()
+
+
+def test_dense_early_then_one_choice_for_all_steps(build_pipeline, generate, monkeypatch):
+    """SparseD's schedule: warm-up steps, then blocks chosen once for each layer and branch."""
+    pipe, calls = build_pipeline(), []
+    chosen = PooledSelector.select
+    monkeypatch.setattr(PooledSelector, "select", lambda self, *args: calls.append(1) or chosen(self, *args))
+    settings = ALWAYS | {"warmup_steps": 1, "refresh_every": 100}
+    for video in (1, 2):
+        handle = vidsparse.apply(pipe, "pooled", density=0.4, **settings)
+        generate(pipe)
+        report = handle.report()
+        assert report.dense_calls == {"warm-up step": 3 * 2} and report.num_sparse_calls == 3 * 3 * 2
+        assert len(calls) == video * 3 * 2
+        handle.remove()
 
 
 def test_too_little_memory_is_said(build_pipeline, generate):

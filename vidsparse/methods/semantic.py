@@ -27,8 +27,8 @@ class SemanticConfig:
     Attributes:
         q_clusters: clusters of the queries of a head, at most one per token. Default None: the authors' number for so many
             tokens, 200 up to 60,000 (480p), 300 up to 100,000 (Wan at 720p), 400 beyond (HunyuanVideo at 720p).
-        k_clusters: clusters of the keys, at most one per token; default None: the authors' 1000. Either is lowered to at
-            most a 32nd of the tokens.
+        k_clusters: clusters of the keys, at most one per token; default None: the authors' 1000. Either default is lowered
+            to at most a 32nd of the tokens.
         top_p: softmax mass that the chosen clusters of a row reach, in (0, 1]; default 0.9.
         density: in place of `top_p`, the share of the key clusters (blocks) that every row takes, in (0, 1].
         min_share: least share of the key clusters of a row, in [0, 1]; default 0.1.
@@ -75,7 +75,7 @@ class SemanticConfig:
             count = getattr(self, name)
             if count is not None and count > tokens:
                 raise ConfigError(f"`{name}` must be at most the {tokens} video tokens there are, got {count}.")
-            found.append(min(published if count is None else count, max(1, tokens // TOKENS_PER_CLUSTER)))
+            found.append(min(published, max(1, tokens // TOKENS_PER_CLUSTER)) if count is None else count)
         return found[0], found[1]
 
     @property
