@@ -252,6 +252,13 @@ check(((q + 3) * 40, (k + 3) * torch.where(torch.arange(85) < 16, 1e4, 1.0).view
 # Values with a mean: the gradient of query is what is left of two sums that it does not enter.
 check([x.half() for x in (inputs[0], inputs[1], inputs[2] + 8)], mask, "softmax", name="mean")
 
+# The last block of either side lacks whole tiles, and behind the last token stands what is no number.
+long = [torch.cat([x, torch.full_like(x, torch.nan)], 1) for x in make_qkv(
+    seq_len_q=144, seq_len_kv=176, num_heads=1, head_dim=16)]
+blocks = make_block_mask(
+    seq_len_q=144, seq_len_kv=176, q_block_size=64, kv_block_size=80, density=0.5, full_rows=True, empty_rows=True)
+check([long[0][:, :144], long[1][:, :176], long[2][:, :176]], blocks, "softmax", name="short last blocks")
+
 # Queries and keys without a positive number: no weight anywhere.
 q = -q.abs()
 got, _ = check((q, k, v), few, "relu", eps=0.0, name="dead")

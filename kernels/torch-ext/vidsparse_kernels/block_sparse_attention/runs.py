@@ -1,5 +1,8 @@
 """Lists of blocks of variable size as runs of tokens: what a kernel that packs tokens into full tiles walks."""
 
+# In kernels every value is the compiler's, which its annotations for the host do not describe.
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 from typing import Any

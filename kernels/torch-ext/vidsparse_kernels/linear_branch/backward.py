@@ -455,7 +455,7 @@ def triton_backward(
             *_broadcast_strides(own, 2), num_heads, seq_len_q, seq_len_kv, num_tiles,
             power_of_two(1.0 / seq_len_kv), row_scale, eps, MIN_SHARE,
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, DESCRIPTORS=descriptors,
-            RAGGED=variable or seq_len_kv % tiles.block_n != 0,
+            RAGGED=variable or seq_len_kv % kv_block != 0,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages, **common,
         )  # fmt: skip
 
@@ -467,6 +467,8 @@ def triton_backward(
         descriptors = tiles.descriptors and masked
         if descriptors:
             streamed = [_descriptor(x, tiles.block_m, block_d) for x in streamed]
+        # Triton 3.6 makes wrong code of this kernel for two warpgroups over 64 rows: addresses past shared memory.
+        num_warps = 4 if block_d > 128 and query.element_size() <= 2 else tiles.num_warps
         key_value_kernel: Any = linear_backward_key_value_kernel
         key_value_kernel[(num_tiles * (num_heads // members) * batch,)](
             key, value, *streamed, grad_key, grad_value, delta if delta is not None else denominator, weak,
@@ -476,8 +478,8 @@ def triton_backward(
             *_broadcast_strides(own, 2), num_heads, seq_len_q, seq_len_kv, num_tiles,
             power_of_two(1.0 / seq_len_q), row_scale,
             MEMBERS=members, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, DESCRIPTORS=descriptors,
-            RAGGED=variable or seq_len_q % tiles.block_m != 0, WEIGHT_SCALE=weight_scale(feature_map, block_d),
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages, **common,
+            RAGGED=variable or seq_len_q % q_block != 0, WEIGHT_SCALE=weight_scale(feature_map, block_d),
+            num_warps=num_warps, num_stages=tiles.num_stages, **common,
         )  # fmt: skip
     if members != group_size:
         grad_key, grad_value = (

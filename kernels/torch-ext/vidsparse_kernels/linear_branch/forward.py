@@ -461,7 +461,7 @@ def triton_forward(
             HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             Q_BLOCK=q_block, KV_BLOCK=kv_block, CHUNK=chunk_size(query, block_d), STATE_PARTS=state.shape[2],
             FEATURES=feature_map, WEIGHT_SCALE=weight_scale(feature_map, block_d), HAS_LISTS=excluded is not None,
-            VARIABLE=variable, DESCRIPTORS=descriptors, RAGGED=variable or seq_len_kv % config.block_n != 0,
+            VARIABLE=variable, DESCRIPTORS=descriptors, RAGGED=variable or seq_len_kv % kv_block != 0,
             STORE_REST=keep_rest, PRECISION="ieee", num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out, denominator, state, key_sum, rest
