@@ -25,6 +25,9 @@ MAY_CHANGE = frozenset(
 )
 """Settings that a run may be continued with other values of: none of them changes a step."""
 
+LATER = frozenset(["expert"])
+"""Settings that checkpoints of an earlier version lack: unset they mean what they meant then."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -36,6 +39,8 @@ class TrainConfig:
         data: "clips" (drawn by the project's own renderer, for the bundled model) or a folder of videos with captions
             (a `.txt` beside each, or `metadata.jsonl` or `metadata.csv` with `file_name` and `text`). A few-step
             student takes prompts alone: captions of "clips", or a text file with one prompt a line.
+        expert: which of two transformers trains (Wan 2.2 A14B): "high" or "low" noise, each in its own range of noise
+            levels and in a run of its own. Default: the only one.
         cache_dir: folder of encoded latents and texts, default `cache` in `output_dir`.
         num_clips: clips to draw when `data` is "clips".
         num_frames: lengths in pixel frames; a video is cut to the longest that it fills.
@@ -49,7 +54,8 @@ class TrainConfig:
             unless given, so that what is trained sparse runs sparse; `warmup_steps` is 0 for a few-step student.
         rank: of the LoRA matrices.
         alpha: LoRA scale is alpha / rank; default: `rank`.
-        targets: regular expression over module names that get a LoRA, matched in full.
+        targets: regular expression over module names that get a LoRA, matched in full. The default stands for q, k, v and
+            out of the self-attention over the video, whatever the family calls them.
         lora_dropout: dropout on the LoRA's input.
         init_lora: adapter file to start from, default none.
         flow_shift: shift of the timestep distribution, default the model's scheduler's.
@@ -93,6 +99,7 @@ class TrainConfig:
     output_dir: str = "runs/lora"
     model: str = BUNDLED_MODEL
     data: str = CLIPS
+    expert: str | None = None
     cache_dir: str | None = None
     num_clips: int = 1024
     num_frames: tuple[int, ...] = (81,)
@@ -171,6 +178,8 @@ class TrainConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        if self.expert not in (None, "high", "low"):
+            raise ConfigError(f"`expert` must be 'high' or 'low', got {self.expert!r}.")
         if not self.num_frames or any(n < 1 for n in self.num_frames):
             raise ConfigError(f"`num_frames` must list lengths of at least 1 frame, got {list(self.num_frames)}.")
         if len(self.adam_betas) != 2:
@@ -191,7 +200,7 @@ class TrainConfig:
 
     def decisive(self) -> dict[str, Any]:
         """The settings that decide what a step does."""
-        return {k: v for k, v in self.to_dict().items() if k not in MAY_CHANGE}
+        return {k: v for k, v in self.to_dict().items() if k not in MAY_CHANGE and (k not in LATER or v is not None)}
 
 
 @dataclass(frozen=True)

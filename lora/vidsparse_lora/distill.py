@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidsparse_lora.config import DistillConfig
-from vidsparse_lora.objective import add_noise, sample_sigma
 from vidsparse_lora.roles import STUDENT
 from vidsparse_lora.session import Session
 
@@ -46,11 +45,9 @@ def train(config: DistillConfig, echo: Callable[[str], None] | None = None) -> P
 
 def sparsify_loss(session: Session, micro: int) -> Tensor:
     """Mismatch of the sparse student's velocity with the dense teacher's at the same noisy latents and text."""
-    config = session.config
     _, clean, text = session.batch(micro)
-    draws = session.generator("sigma", micro)
-    sigma = sample_sigma(len(clean), session.flow_shift, config.timestep_sampling, draws).to(session.device)
-    noisy = add_noise(clean, session.noise(clean.shape, micro), sigma)
+    sigma = session.sample_sigma(len(clean), session.generator("sigma", micro))
+    noisy = session.backbone.add_noise(clean, session.noise(clean.shape, micro), sigma)
     with session.roles.teacher():
         target = session.backbone.velocity(noisy, sigma, text)
     return F.mse_loss(session.backbone.velocity(noisy, sigma, text), target)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vidsparse_lora.config import LengthExtensionConfig
-from vidsparse_lora.objective import add_noise, flow_loss, sample_sigma, window_loss
+from vidsparse_lora.objective import window_loss
 from vidsparse_lora.roles import STUDENT
 from vidsparse_lora.session import Session
 
@@ -35,17 +35,18 @@ def train(config: LengthExtensionConfig, echo: Callable[[str], None] | None = No
         for micro in range(config.gradient_accumulation):
             _, clean, text = session.batch(micro)
             draws = session.generator("sigma", micro)
-            sigma = sample_sigma(len(clean), session.flow_shift, config.timestep_sampling, draws).to(session.device)
+            sigma = session.sample_sigma(len(clean), draws)
             noise = session.noise(clean.shape, micro)
-            noisy = add_noise(clean, noise, sigma)
+            noisy = backbone.add_noise(clean, noise, sigma)
             start, target = 0, None
             if config.teacher_weight:
                 window = min(teacher_window, clean.shape[2])
-                start = int(torch.randint(clean.shape[2] - window + 1, (), generator=draws))
+                if not backbone.from_image:  # there the picture is the first frame of every window
+                    start = int(torch.randint(clean.shape[2] - window + 1, (), generator=draws))
                 with roles.teacher():
                     target = backbone.velocity(noisy[:, :, start : start + window], sigma, text)
             velocity = backbone.velocity(noisy, sigma, text)
-            loss = flow_loss(velocity, clean, noise)
+            loss = backbone.loss(velocity, clean, noise, sigma)
             losses.setdefault("loss", []).append(loss.detach())
             if target is not None:
                 match = window_loss(velocity, target, start)

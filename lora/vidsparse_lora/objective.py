@@ -14,13 +14,35 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "little")
 
 
-def sample_sigma(count: int, shift: float, sampling: str, generator: torch.Generator) -> Tensor:
-    """`[count]` noise levels in (0, 1), drawn on the CPU; `shift` moves them up, as the scheduler's flow shift does."""
+def sample_sigma(
+    count: int,
+    shift: float,
+    sampling: str,
+    generator: torch.Generator,
+    between: tuple[float, float] = (0.0, 1.0),
+) -> Tensor:
+    """`[count]` noise levels in (0, 1), drawn on the CPU; `shift` moves them up, as the scheduler's flow shift does.
+
+    between: draw from that part of the distribution alone.
+    """
+    if between != (0.0, 1.0):
+        # Even in the distribution function of the levels, which maps the ends to 0 and 1 of what is left of it.
+        low, high = (_share_below(torch.tensor(end, dtype=torch.float64), shift, sampling) for end in between)
+        share = low + (high - low) * torch.rand(count, generator=generator, dtype=torch.float64)
+        u = share if sampling == "uniform" else torch.sigmoid(torch.special.ndtri(share))
+        sigma = shift * u / (1 + (shift - 1) * u)
+        return sigma.clamp(*between).float()
     if sampling == "uniform":
         u = torch.rand(count, generator=generator)
     else:
         u = torch.sigmoid(torch.randn(count, generator=generator))
     return shift * u / (1 + (shift - 1) * u)
+
+
+def _share_below(sigma: Tensor, shift: float, sampling: str) -> Tensor:
+    """Share of all noise levels that lie below `sigma`."""
+    u = sigma / (shift - (shift - 1) * sigma)
+    return u if sampling == "uniform" else torch.special.ndtr(torch.logit(u))
 
 
 def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ from torch import Tensor
 from vidsparse.errors import ConfigError
 from vidsparse.methods import processor_class
 from vidsparse_lora.adapter import FILE_NAME, save_adapter, start_from
-from vidsparse_lora.backbone import DEFAULT_TEXT_LENGTH, WanBackbone, check_trainable
 from vidsparse_lora.checkpoint import Checkpoint, last_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
 from vidsparse_lora.config import CLIPS, TrainConfig, few_steps, is_few_step
 from vidsparse_lora.data import Batch, Batches, LatentCache, Prompts, drawn_clips, folder_videos, prompt_list
+from vidsparse_lora.families import family_of
 from vidsparse_lora.files import write_bytes
 from vidsparse_lora.log import Figures, tracker_names
 from vidsparse_lora.objective import seed_of
@@ -144,7 +144,15 @@ class Session:
         names: list[Any]
         names, where = tracker_names(config.trackers)
         info = inspect_model(config.model)
-        check_trainable(info)
+        family = family_of(info)
+        if is_few_step(config) and config.expert is not None:
+            raise ConfigError("`stage` few-step makes whole videos, which takes both experts; use sparsify.")
+        if is_few_step(config) and (family.from_image or family.objective != "flow matching"):
+            why = "needs pictures" if family.from_image else f"is trained by {family.objective}"
+            raise ConfigError(
+                f"`stage` few-step takes prompts alone and a model of flow matching, and {info.name!r} {why}; "
+                "use sparsify."
+            )
         self.sizes = resolve_sizes(config, info)
         self.accelerator = Accelerator(
             cpu=config.device == "cpu", log_with=names or None, project_dir=str(self.folder)
@@ -158,8 +166,10 @@ class Session:
 
         loaded = load_pipeline(info, dtype=config.dtype, device=str(self.device), offload="none")
         loaded.pipe.set_progress_bar_config(disable=True)
-        text_length = config.text_length or info.preset.max_sequence_length or DEFAULT_TEXT_LENGTH
-        self.backbone = WanBackbone(loaded.pipe, info, self.device, loaded.dtype, text_length)
+        text_length = config.text_length or info.preset.max_sequence_length or family.default_text_length
+        self.backbone = family(loaded.pipe, info, self.device, loaded.dtype, text_length, config.expert, config.fps)
+        if family.objective != "flow matching":
+            self.say(f"the objective of {info.pipeline_class} is {family.objective}, not flow matching")
         self.identity = model_identity(info)
         self.batches = None if is_few_step(config) else self._encode(sources)
         self.prompts = Prompts(prompts, self.backbone, config.batch_size, config.seed) if is_few_step(config) else None
@@ -167,7 +177,9 @@ class Session:
         self.flow_shift = config.flow_shift or self.backbone.flow_shift
         self._park()
 
-        self.roles = Roles(loaded.pipe, config.method, config.student_options)
+        # Of two experts the other one keeps its own attention.
+        target = loaded.pipe if config.expert is None else self.backbone.transformer
+        self.roles = Roles(target, config.method, config.student_options)
         self.optimized: dict[str, Optimized] = {}
         self.add_role(STUDENT, config.learning_rate)
         if config.init_lora is not None:
@@ -194,7 +206,7 @@ class Session:
             name,
             rank=config.rank,
             alpha=config.lora_alpha,
-            targets=config.targets,
+            targets=self.backbone.targets if config.targets == TrainConfig.targets else config.targets,
             dropout=config.lora_dropout,
             seed=seed_of(config.seed, "adapter", name),
         )
@@ -231,7 +243,7 @@ class Session:
 
     def _park(self, on_device: bool = False) -> None:
         """Move what does not train out of the GPU's memory, or back for a validation."""
-        for part in (self.backbone.pipe.text_encoder, self.backbone.pipe.vae):
+        for part in self.backbone.idle:
             if sum(p.numel() * p.element_size() for p in part.parameters()) > PARK_BYTES:
                 part.to(self.device if on_device else "cpu")
 
@@ -296,16 +308,22 @@ class Session:
         """Shape of the latents of `count` videos of the longest length and the last size."""
         pipe, (height, width) = self.backbone.pipe, self.sizes[-1]
         frames = (max(self.config.num_frames) - 1) // self.backbone.info.temporal + 1
-        channels, ratio = self.backbone.transformer.config.in_channels, pipe.vae_scale_factor_spatial
+        ratio = getattr(pipe, "vae_spatial_compression_ratio", None) or pipe.vae_scale_factor_spatial
+        channels = self.backbone.latent_channels
         return torch.Size((count, channels, frames, height // ratio, width // ratio))
 
-    def batch(self, micro: int) -> tuple[Batch, Tensor, Tensor]:
-        """A batch with its latents and padded text on the device, some captions left empty."""
+    def sample_sigma(self, count: int, generator: torch.Generator) -> Tensor:
+        """`[count]` noise levels on the device."""
+        sampling = self.config.timestep_sampling
+        return self.backbone.sample_sigma(count, self.flow_shift, sampling, generator).to(self.device)
+
+    def batch(self, micro: int) -> tuple[Batch, Tensor, Any]:
+        """A batch with its latents and what `velocity` takes beside them on the device, some captions left empty."""
         assert self.batches is not None
         batch = self.batches[self.position(micro)]
         rng = random.Random(seed_of(self.config.seed, "caption", self.position(micro)))
         texts = [self.empty_text if rng.random() < self.config.caption_dropout else text for text in batch.texts]
-        return batch, batch.latents.to(self.device), self.backbone.pad_text(texts)
+        return batch, *self.backbone.split(batch.latents.to(self.device), self.backbone.pad_text(texts))
 
     def generator(self, purpose: str, micro: int, device: str | torch.device = "cpu") -> torch.Generator:
         """A random generator for one purpose of one forward."""
@@ -410,6 +428,7 @@ class Session:
                 "guidance_scale": 1.0 if is_few_step(config) else None,
                 "flow_shift": self.flow_shift,
                 "trained_steps": self.step,
+                "expert": config.expert,
                 "seconds": round(self.seconds, 1),
             }
             peft_config = self.backbone.transformer.peft_config[STUDENT]
@@ -422,7 +441,9 @@ class Session:
         from vidsparse_lora.validation import validate
 
         figures: dict[str, Any] = {}
-        if self.accelerator.is_main_process:
+        if self.backbone.from_image:
+            self.say("no validation videos: they would need pictures")
+        elif self.accelerator.is_main_process:
             student = self.optimized[STUDENT]
             student.swap_average()
             self._park(on_device=True)

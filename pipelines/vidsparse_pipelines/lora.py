@@ -275,6 +275,23 @@ def _add_projections(transformer: Any, state: dict[str, Any], scale: float) -> N
         setattr(attention, name, linear.requires_grad_(False))
 
 
+def _target(pipe: Any, spec: LoraSpec) -> Any:
+    """The transformer that an adapter is for: of two experts (Wan 2.2 A14B) the one that it was trained on.
+
+    Raises:
+        ModelLoadError: it was trained on an expert that this model lacks.
+    """
+    training = read_training(spec.path)
+    if training is None or training.get("expert") is None:
+        return pipe.transformer
+    if getattr(pipe, "transformer_2", None) is None:
+        raise ModelLoadError(
+            f"The LoRA {spec.path!r} was trained on one of two transformers, and this model has one; use the model that "
+            "it was trained on."
+        )
+    return pipe.transformer_2 if training["expert"] == "low" else pipe.transformer
+
+
 def load_loras(pipe: Any, specs: tuple[LoraSpec, ...]) -> None:
     """Load every adapter with its scale. All are checked before the first is attached, so a failure changes nothing.
 
@@ -286,11 +303,13 @@ def load_loras(pipe: Any, specs: tuple[LoraSpec, ...]) -> None:
     if not hasattr(pipe, "load_lora_weights"):
         raise ModelLoadError(f"{type(pipe).__name__} takes no LoRA.")
     adapters = [_read(pipe, spec) for spec in specs]
-    for spec, adapter in zip(specs, adapters, strict=True):
-        check_fits(adapter.state, pipe.transformer, spec.path)
+    targets = [_target(pipe, spec) for spec in specs]
+    for spec, adapter, target in zip(specs, adapters, targets, strict=True):
+        check_fits(adapter.state, target, spec.path)
     names = [f"lora_{i}" for i in range(len(specs))]
-    for name, spec, adapter in zip(names, specs, adapters, strict=True):
+    for name, spec, adapter, target in zip(names, specs, adapters, targets, strict=True):
         file = find_lora_file(spec.path)
+        where = {} if target is pipe.transformer else {"load_into_transformer_2": True}
         try:
             # Through the path, not the state dict: only so diffusers reads the metadata that holds lora_alpha.
             if adapter.bare:
@@ -300,13 +319,13 @@ def load_loras(pipe: Any, specs: tuple[LoraSpec, ...]) -> None:
             elif file is None:
                 pipe.load_lora_weights(spec.path, adapter_name=name)
             else:
-                pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
+                pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name, **where)
         except Exception as error:
             pipe.unload_lora_weights()
             raise ModelLoadError(f"The LoRA {spec.path!r} does not fit this model ({_first_line(error)}).") from error
     pipe.set_adapters(names, adapter_weights=[spec.scale for spec in specs])
-    for spec, adapter in zip(specs, adapters, strict=True):
-        _add_projections(pipe.transformer, adapter.state, spec.scale)
+    for spec, adapter, target in zip(specs, adapters, targets, strict=True):
+        _add_projections(target, adapter.state, spec.scale)
         training = read_training(spec.path)
         if training is not None and training.get("num_inference_steps") is not None:
             pipe.scheduler = few_step_scheduler(training["flow_shift"])

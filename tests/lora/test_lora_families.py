@@ -1,0 +1,382 @@
+"""Every family that can be trained: what its model gets is what its pipeline gives it, and stock diffusers loads the result."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from vidsparse.errors import ConfigError, UnsupportedModelError
+from vidsparse_lora import length_extension
+from vidsparse_lora.config import DistillConfig, LengthExtensionConfig
+from vidsparse_lora.distill import sparsify_loss
+from vidsparse_lora.families import FAMILIES, Backbone, family_of
+from vidsparse_lora.objective import sample_sigma
+from vidsparse_lora.session import Session
+from vidsparse_pipelines.lora import LoraSpec, load_loras, read_training
+from vidsparse_pipelines.model_info import inspect_model
+from vidsparse_pipelines.testing import tiny_tokenizer, tiny_wan_pipeline
+
+diffusers: Any = importlib.import_module("diffusers")
+TEXT = {"vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1}
+
+
+def t5() -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(T5Config(d_model=32, d_kv=8, d_ff=37, num_layers=1, num_heads=4, **TEXT)).eval()
+
+
+def ltx() -> Any:
+    four = (8, 8, 8, 8)
+    vae = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=four,
+        decoder_block_out_channels=four,
+        layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 5,
+        spatio_temporal_scaling=(True, True, True, False),
+        decoder_spatio_temporal_scaling=(True, True, True, False),
+        decoder_inject_noise=(False,) * 5,
+        upsample_residual=(False,) * 4,
+        upsample_factor=(1,) * 4,
+        timestep_conditioning=False,
+        patch_size=1,
+        patch_size_t=1,
+        encoder_causal=True,
+        decoder_causal=False,
+    )
+    transformer = diffusers.LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        num_layers=2,
+        caption_channels=32,
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    return diffusers.LTXPipeline(
+        scheduler=scheduler, vae=vae, text_encoder=t5(), tokenizer=tiny_tokenizer(), transformer=transformer
+    )
+
+
+def cogvideox() -> Any:
+    vae = diffusers.AutoencoderKLCogVideoX(
+        block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2
+    )
+    transformer = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=32,
+        num_layers=2,
+        sample_width=8,
+        sample_height=8,
+        sample_frames=17,
+        max_text_seq_length=32,
+        use_rotary_positional_embeddings=True,
+    )
+    scheduler = diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    return diffusers.CogVideoXPipeline(
+        tokenizer=tiny_tokenizer(), text_encoder=t5(), vae=vae, transformer=transformer, scheduler=scheduler
+    )
+
+
+def hunyuan() -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    llama = LlamaModel(LlamaConfig(num_hidden_layers=3, bos_token_id=2, **sizes, **TEXT)).eval()
+    clip = CLIPTextModel(CLIPTextConfig(num_hidden_layers=1, **{**sizes, "hidden_size": 8}, **TEXT)).eval()
+    vae = diffusers.AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
+    )
+    transformer = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=2,
+        text_embed_dim=16,
+        pooled_projection_dim=8,
+        rope_axes_dim=(4, 6, 6),
+    )
+    return diffusers.HunyuanVideoPipeline(
+        text_encoder=llama,
+        tokenizer=tiny_tokenizer(),
+        transformer=transformer,
+        vae=vae,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=clip,
+        tokenizer_2=tiny_tokenizer(),
+    )
+
+
+def wan_two_experts() -> Any:
+    pipe, other = tiny_wan_pipeline(), tiny_wan_pipeline(seed=1)
+    parts = {k: v for k, v in pipe.components.items() if k != "transformer_2"}
+    return diffusers.WanPipeline(**parts, transformer_2=other.transformer, boundary_ratio=0.875)
+
+
+def wan_image() -> Any:
+    return tiny_wan_pipeline(from_image=True)
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "wan": tiny_wan_pipeline,
+    "wan-image": wan_image,
+    "wan-experts": wan_two_experts,
+    "hunyuan": hunyuan,
+    "ltx": ltx,
+    "cogvideox": cogvideox,
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    torch.set_num_threads(1)
+    made = {}
+    for name, build in MODELS.items():
+        torch.manual_seed(0)
+        made[name] = tmp_path_factory.mktemp("models") / name
+        build().save_pretrained(made[name])
+    return made
+
+
+@pytest.fixture
+def config(lengthen: Any, folders: dict[str, Path], tmp_path: Path) -> Callable[..., LengthExtensionConfig]:
+    def make(name: str, **changes: Any) -> LengthExtensionConfig:
+        here = {"cache_dir": str(tmp_path / "cache"), "output_dir": str(tmp_path / (changes.get("expert") or "run"))}
+        return lengthen(**{"model": str(folders[name]), "max_steps": 2, "batch_size": 1, **here, **changes})
+
+    return make
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def backbone_of(pipe: Any, folder: Path, **options: Any) -> Backbone:
+    info = inspect_model(str(folder))
+    return family_of(info)(pipe, info, torch.device("cpu"), torch.float32, 32, **options)
+
+
+def load(name: str, folder: Path) -> Any:
+    pipe = getattr(diffusers, inspect_model(str(folder)).pipeline_class).from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_every_family_has_a_model_here(folders: dict[str, Path]) -> None:
+    assert {family_of(inspect_model(str(folder))) for folder in folders.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", ["wan", "wan-image", "hunyuan", "ltx", "cogvideox"])
+def test_model_gets_what_its_pipeline_gives_it(name: str, folders: dict[str, Path]) -> None:
+    """The first step of the stock pipeline, repeated through the family's own file: the same output."""
+    pipe = load(name, folders[name])
+    backbone = backbone_of(pipe, folders[name])
+    seen: list[tuple[dict[str, Any], Tensor]] = []
+
+    def record(_: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        seen.append((kwargs, output[0].clone()))
+
+    hook = pipe.transformer.register_forward_hook(record, with_kwargs=True)
+    clip = torch.rand(1, 3, 17, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    call: dict[str, Any] = {"guidance_scale": 6.0 if name == "hunyuan" else 1.0}
+    if name == "wan-image":
+        call |= {"image": clip[:, :, 0] / 2 + 0.5}
+    with torch.no_grad():
+        pipe(
+            prompt="a red circle moves",
+            height=64,
+            width=64,
+            num_frames=17,
+            num_inference_steps=1,
+            max_sequence_length=32,
+            output_type="latent",
+            generator=torch.Generator().manual_seed(2),
+            **call,
+        )
+    hook.remove()
+    (arguments, expected), *_ = seen
+    latents = arguments["hidden_states"]
+    text: Any = backbone.pad_text(backbone.encode_text(["a red circle moves"]))
+    if name == "ltx":
+        shape = (arguments["num_frames"], arguments["height"], arguments["width"])
+        latents, expected = (pipe._unpack_latents(x, *shape) for x in (latents, expected))
+    if name == "cogvideox":
+        latents, expected = latents.transpose(1, 2), expected.transpose(1, 2)
+    if name == "wan-image":
+        cached = backbone.encode_video(clip)
+        clean, text = backbone.split(cached, text)
+        assert torch.allclose(latents[:, clean.shape[1] :], text[1], atol=1e-5)  # mask and first frame
+        latents = latents[:, : clean.shape[1]]
+    sigma = arguments["timestep"].reshape(-1)[:1].float() / 1000
+    with torch.no_grad():
+        found = backbone.velocity(latents, sigma, text)
+        other = backbone.velocity(latents, (sigma + 0.5) % 1, text)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(other, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["wan-image", "hunyuan", "ltx", "cogvideox"])
+def test_latents_are_those_that_the_pipeline_decodes(name: str, folders: dict[str, Path]) -> None:
+    """Undone by the pipeline's own lines, normalised latents are the VAE's."""
+    pipe = load(name, folders[name])
+    backbone = backbone_of(pipe, folders[name])
+    clip = torch.rand(1, 3, 17, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        raw = pipe.vae.encode(clip).latent_dist.mode()
+    found = backbone.encode_video(clip)[:, : backbone.latent_channels]
+    config = pipe.vae.config
+    if name == "ltx":
+        found = pipe._denormalize_latents(found, pipe.vae.latents_mean, pipe.vae.latents_std, config.scaling_factor)
+    elif name == "wan-image":
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
+        found = found * std + mean
+    else:
+        found = found / config.scaling_factor
+    assert torch.allclose(found, raw, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["wan-image", "hunyuan", "ltx", "cogvideox"])
+def test_trained_two_steps_and_loaded_by_stock_diffusers(name: str, config: Any, folders: dict[str, Path]) -> None:
+    size = {"sizes": ["128x128"]} if name == "ltx" else {}
+    session, file = trained(config(name, teacher_weight=0.5, teacher_frames=9, **size))
+    assert session.roles.handle.report().num_sparse_calls > 0
+    layers = {n.split(".lora_")[0] for n in session.optimized["student"].names}
+    assert len(layers) == (7 if name == "hunyuan" else 8)  # the single block of HunyuanVideo has no output of its own
+    _, clean, text = session.batch(0)
+    sigma = torch.tensor([0.6])
+    session.roles.handle.remove()
+    session.backbone.transformer.eval()
+    pipe = load(name, folders[name])
+    stock = backbone_of(pipe, folders[name])
+    with torch.no_grad():
+        expected = session.backbone.velocity(clean, sigma, text)
+        plain = stock.velocity(clean, sigma, text)
+        pipe.load_lora_weights(str(file.parent))
+        found = stock.velocity(clean, sigma, text)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert (found - plain).abs().max() > 1e-4
+
+
+def trained(config: LengthExtensionConfig) -> tuple[Session, Path]:
+    kept: list[Session] = []
+    original = Session.save_adapter
+
+    def keep(self: Session) -> Path:
+        kept.append(self)
+        return original(self)
+
+    Session.save_adapter = keep
+    try:
+        file = length_extension.train(config, quiet)
+    finally:
+        Session.save_adapter = original
+    return kept[0], file
+
+
+def test_two_experts(config: Any, folders: dict[str, Path], distill: Any) -> None:
+    """Each in its own run and range of noise, loaded by diffusers into its own transformer, and so by `generate`."""
+    with pytest.raises(ConfigError, match="two transformers.*set `expert`"):
+        length_extension.train(config("wan-experts"), quiet)
+    with pytest.raises(ConfigError, match="has one transformer"):
+        length_extension.train(config("wan", expert="low"), quiet)
+    with pytest.raises(ConfigError, match="takes both experts"):
+        Session(distill(model=str(folders["wan-experts"]), expert="low", stage="few-step"), quiet)
+    files, expected, inputs = [], [], None
+    for expert in ("high", "low"):
+        session, file = trained(config("wan-experts", expert=expert))
+        draws = session.sample_sigma(200, torch.Generator().manual_seed(0))
+        assert (draws >= 0.875).all() if expert == "high" else (draws < 0.875).all()
+        files.append(file)
+        _, clean, text = session.batch(0)
+        inputs = inputs or (clean, torch.tensor([0.5]), text)
+        session.roles.handle.remove()
+        session.backbone.transformer.eval()
+        with torch.no_grad():
+            expected.append(session.backbone.velocity(*inputs))
+    assert inputs is not None
+    for ours in (False, True):
+        pipe = load("wan-experts", folders["wan-experts"])
+        if ours:
+            load_loras(pipe, tuple(LoraSpec(str(file)) for file in files))
+        else:
+            pipe.load_lora_weights(str(files[0].parent), adapter_name="a")
+            pipe.load_lora_weights(str(files[1].parent), adapter_name="b", load_into_transformer_2=True)
+        for expert, wanted in zip(("high", "low"), expected, strict=True):
+            with torch.no_grad():
+                found = backbone_of(pipe, folders["wan-experts"], expert=expert).velocity(*inputs)
+            assert torch.allclose(found, wanted, atol=1e-5), (ours, expert)
+    training = read_training(str(files[1]))
+    assert training is not None and training["expert"] == "low"
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "logit-normal"])
+def test_part_of_the_noise_levels(sampling: str) -> None:
+    """The draws of a range are those of the whole distribution that fall into it."""
+    whole = sample_sigma(200_000, 5.0, sampling, torch.Generator().manual_seed(0))
+    part = sample_sigma(50_000, 5.0, sampling, torch.Generator().manual_seed(1), (0.6, 0.9))
+    expected = whole[(whole >= 0.6) & (whole < 0.9)]
+    assert part.min() >= 0.6 and part.max() <= 0.9
+    for share in (0.1, 0.5, 0.9):
+        assert abs(part.quantile(share) - expected.quantile(share)) < 0.01
+
+
+def test_v_prediction_is_the_schedulers(folders: dict[str, Path]) -> None:
+    """From x_t and the v that the loss asks for, the scheduler itself finds the clean latents."""
+    pipe = load("cogvideox", folders["cogvideox"])
+    backbone = backbone_of(pipe, folders["cogvideox"])
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(2, 4, 3, 4, 4, generator=generator) for _ in range(2))
+    sigma = torch.tensor([0.25, 0.6])
+    noisy = backbone.add_noise(clean, noise, sigma)
+    alpha = pipe.scheduler.alphas_cumprod[[250, 600]].view(-1, 1, 1, 1, 1).float()
+    right = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+    assert backbone.loss(right, clean, noise, sigma) < 1e-10 < backbone.loss(noise - clean, clean, noise, sigma)
+    assert torch.allclose(alpha.sqrt() * noisy - (1 - alpha).sqrt() * right, clean, atol=1e-5)
+    draws = backbone.sample_sigma(4000, 9.0, "logit-normal", torch.Generator().manual_seed(0))
+    assert abs(draws.mean() - 0.5) < 0.02 and draws.std() > 0.27  # even, whatever the settings say
+
+
+def test_refusals(config: Any, distill: Callable[..., DistillConfig], folders: dict[str, Path], tmp_path: Path) -> None:
+    for name, why in (("cogvideox", "is trained by v-prediction"), ("wan-image", "needs pictures")):
+        with pytest.raises(ConfigError, match=f"few-step.*{why}; use sparsify"):
+            Session(distill(model=str(folders[name]), stage="few-step"), quiet)
+    with pytest.raises(ConfigError, match="`expert` must be 'high' or 'low', got 'both'"):
+        config("wan", expert="both")
+    index = folders["ltx"] / "model_index.json"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model_index.json").write_text(index.read_text().replace("LTXPipeline", "MochiPipeline"))
+    with pytest.raises(UnsupportedModelError, match="Training takes a WanPipeline, .*is a MochiPipeline"):
+        length_extension.train(config("wan", model=str(other)), quiet)
+
+
+def test_sparsify_of_another_family(distill: Callable[..., DistillConfig], folders: dict[str, Path], tmp_path: Path) -> None:
+    """An untrained dense student is the teacher, to the bit; a sparse one is not."""
+    losses = []
+    for method, options in (("dense", {}), ("radial", {"density": 0.5, "block_size": 16, "dense_layers": 0})):
+        changes = {"model": str(folders["cogvideox"]), "cache_dir": str(tmp_path), "output_dir": str(tmp_path / method)}
+        losses.append(sparsify_loss(Session(distill(method=method, method_options=options, **changes), quiet), 0).item())
+    assert losses[0] == 0.0 < losses[1]
+
+
+def test_adapter_names_its_family(config: Any) -> None:
+    file = length_extension.train(config("cogvideox", max_steps=1), quiet)
+    with safe_open(file, "pt") as opened:
+        assert all(key.startswith("transformer.transformer_blocks.") for key in opened.keys())  # noqa: SIM118
