@@ -367,8 +367,8 @@ def evaluate(
             for clip, p, s in zip(batch[part : part + 8], psnr(a, b).tolist(), ssim(a, b).tolist(), strict=True):
                 clip.psnr[label], clip.ssim[label] = p, s
 
-    def write() -> dict:
-        data = results(args, argv, ev.checker, outcomes, one + two, complete)
+    def write(*, whole: bool = True) -> dict:
+        data = results(args, argv, ev.checker, outcomes, one + two, complete and whole)
         path = args.output / "results.json"
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text(json.dumps(data, indent=1) + "\n")
@@ -412,7 +412,7 @@ def evaluate(
                 compare(method.label, batch, clips, dense)
             rows[method.label] = clips
             longest = max(longest, time.monotonic() - method_begun)
-            write()
+            write(whole=False)
             print(f"{time.monotonic() - started:.1f} s: {method.label}, {len(batch)} clips", flush=True)
         if dense is not None and outcomes[OTHER_SEED].clips < args.other_seed:
             count = min(len(batch), args.other_seed - outcomes[OTHER_SEED].clips)

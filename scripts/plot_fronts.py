@@ -141,13 +141,13 @@ def draw(points: list[dict[str, Any]], timings: list[dict[str, Any]], evaluation
     for ax in axes:
         if floor is not None:
             ax.axhline(floor["psnr"], color="#9aa4b1", linestyle="--", linewidth=1)
-            ax.text(ax.get_xlim()[1], floor["psnr"], "dense, other kernel ", ha="right", va="bottom", fontsize=8)
+            ax.text(ax.get_xlim()[1] * 0.97, floor["psnr"], "dense, other kernel", ha="right", va="bottom", fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(fontsize=8, loc="lower right")
+    axes[0].legend(fontsize=8, loc="upper left", bbox_to_anchor=(0.02, 0.93))
     clips = max(entry["clips"] for entry in evaluation["methods"].values())
     figure.suptitle(
-        f"Bundled model, 160x96, 81 frames, {clips} prompts, {evaluation['device']}; means with 95 % intervals, hollow: "
-        "blocks or more kept over steps, or no first-order term",
+        f"Bundled model, 160x96, 81 frames, {clips} prompts, {evaluation['device']}: means with 95 % intervals; hollow "
+        "marks: with the option beside",
         fontsize=10,
     )
     figure.tight_layout()
@@ -165,11 +165,22 @@ def series(ax: Any, points: list[tuple[dict[str, Any], float]]) -> None:
                 [x for _, x in plain], y, (low, high), color=color, marker=marker, markersize=7, label=method,
                 linewidth=1.5, elinewidth=0.5,
             )  # fmt: skip
-        for p, x in points:
-            if p["method"] == method and not p["plain"]:
-                ax.plot(x, p["psnr"], color=color, marker=marker, markerfacecolor="white", markersize=8, linestyle="")
-                ax.annotate(p["name"].split(":", 1)[1].split(":", 1)[-1], (x, p["psnr"]), fontsize=6, xytext=(5, -3),
-                            textcoords="offset points")  # fmt: skip
+        others = sorted(
+            ((p, x) for p, x in points if p["method"] == method and not p["plain"]), key=lambda t: t[0]["psnr"]
+        )
+        for number, (p, x) in enumerate(others):
+            ax.plot(x, p["psnr"], color=color, marker=marker, markerfacecolor="white", markersize=8, linestyle="")
+            left = p["density"] > 0.4
+            place = (-7, -3) if left else (7, 10 * number - 16)
+            text = p["name"].split(":", 2)[-1].replace(":", ", ")
+            ax.annotate(
+                text,
+                (x, p["psnr"]),
+                xytext=place,
+                textcoords="offset points",
+                ha="right" if left else "left",
+                fontsize=7,
+            )
 
 
 if __name__ == "__main__":

@@ -27,16 +27,19 @@ POOL_OVERHEAD = 0.012
 BAND_OVERHEAD = 0.04
 """Scores of 64 sampled rows: bytes of keys and weights in fp32 at 32,760 tokens and 12 heads; an estimate, not measured."""
 
-CLUSTER_OVERHEAD = 0.14
-"""Two warm k-means iterations of 0.62 ms and the permutations of 0.22 ms, of 10.5 ms dense: 32,760 tokens, 12 heads
-(`2026-11-25-h200-clustering.json`). Longer sequences pay a smaller share."""
+CLUSTER_OVERHEAD = 3.5
+"""Clustering, selecting, permuting and restoring as a share of a dense call, times tokens over clusters (of queries and keys
+together). Measured at 75,600 tokens of 40 heads: 0.047 with 1,300 clusters, 0.064 with 2,300, so 2.7 and 2.1
+(`2026-11-27-h200-method-parts.json`). At 32,760 tokens of 12 heads two iterations of 0.55 ms (`-clustering.json` of that day)
+and 0.3 ms for the rest are 0.13 of 10.5 ms with 1,300 clusters, so 3.3; that call was not timed as a whole."""
 
-CLUSTER_FACTOR = 3.2
-"""6.26 ms for clusters of 64 tokens (`2026-11-25-h200-variable-blocks.json`) where uniform blocks of the same density take
-1.95: twice the tiles, because clusters do not fill theirs, and the portable kernel instead of Hopper's."""
+CLUSTER_FACTOR = 1.25
+"""Of clusters packed into full tiles over uniform blocks of the same density: 1.14 to 1.21 with 1,000 clusters of keys (75
+tokens in the mean), 1.34 with 2,000 (same file). Calls with a mask over keys, and other GPUs, run the portable kernel, which
+gives each cluster tiles of its own and takes about 3."""
 
-TAIL_FACTOR = 1.25
-"""With the pooled tail over without (`2026-11-25-h200-pooled-tail.json`)."""
+TAIL_FACTOR = 1.2
+"""With the pooled tail over without: 1.20 at a density of 0.16, 1.12 at 0.26, with 1,000 clusters (same file)."""
 
 LARGE_WORK = 2e11
 """FLOPs of the dense call from which on the Hopper kernel runs; the portable one below."""

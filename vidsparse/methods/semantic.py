@@ -8,7 +8,7 @@ step. Text keeps its place and stays dense.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vidsparse.checks import check_share, is_number, is_whole
 from vidsparse.errors import ConfigError
@@ -49,6 +49,9 @@ class SemanticConfig:
     step_iterations: int = 2
     schedule: Schedule = field(default_factory=lambda: Schedule(dense_layers=1))
 
+    LEAST_TOKENS: ClassVar[dict[str, int]] = {"q_clusters": 32, "k_clusters": 32}
+    """Mean tokens of a cluster below which a default does not go."""
+
     def __post_init__(self) -> None:
         for name in ("q_clusters", "k_clusters", "first_iterations", "step_iterations"):
             value = vars(self)[name]
@@ -75,7 +78,8 @@ class SemanticConfig:
             count = getattr(self, name)
             if count is not None and count > tokens:
                 raise ConfigError(f"`{name}` must be at most the {tokens} video tokens there are, got {count}.")
-            found.append(min(published, max(1, tokens // TOKENS_PER_CLUSTER)) if count is None else count)
+            least = self.LEAST_TOKENS[name]
+            found.append(min(published, max(1, tokens // least)) if count is None else count)
         return found[0], found[1]
 
     @property
@@ -90,7 +94,6 @@ class SemanticConfig:
 
 
 DEFAULT_TOP_P = 0.9
-TOKENS_PER_CLUSTER = 32
 PUBLISHED_K_CLUSTERS = 1000
 
 
@@ -136,7 +139,8 @@ class SemanticProcessor(SparseProcessor):
         selector = ClusterSelector(layout, clustering, config.mass, config.min_share, config.share)
         note = f"{q_clusters} clusters of queries and {k_clusters} of keys in each head, for grid {layout.grid}"
         density = config.share
-        return Parts(selector=selector, density=density, overhead=CLUSTER_OVERHEAD, factor=CLUSTER_FACTOR), note
+        overhead = CLUSTER_OVERHEAD * (q_clusters + k_clusters) / layout.grid.num_tokens
+        return Parts(selector=selector, density=density, overhead=overhead, factor=CLUSTER_FACTOR), note
 
 
 SVG2Processor = SemanticProcessor

@@ -8,7 +8,7 @@ measurements.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vidsparse.errors import ConfigError
 from vidsparse.methods.semantic import SemanticConfig, SemanticProcessor
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VidsparseConfig(SemanticConfig):
-    """Settings of the method "vidsparse": those of "semantic", and
+    """Settings of the method "vidsparse": those of "semantic", with clusters of keys of 16 tokens and more, and
 
     Attributes:
         first_order: add the tail's first-order term, default True.
@@ -30,6 +30,9 @@ class VidsparseConfig(SemanticConfig):
     """
 
     first_order: bool = True
+
+    # A tail of smaller clusters says more, and each is one key: `docs/methods.md`.
+    LEAST_TOKENS: ClassVar[dict[str, int]] = {"q_clusters": 32, "k_clusters": 16}
 
     def __post_init__(self) -> None:
         super().__post_init__()
