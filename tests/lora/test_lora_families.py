@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vidsparse.errors import ConfigError, UnsupportedModelError
@@ -326,6 +327,42 @@ def test_two_experts(config: Any, folders: dict[str, Path], distill: Any) -> Non
     assert training is not None and training["expert"] == "low"
 
 
+def test_merged_with_a_style_by_weight(config: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+    """0.7 of ours and 0.4 of another trainer's LoRA, of another rank and alpha: each weight moves by that sum."""
+    from peft import LoraConfig
+
+    _, file = trained(config("wan"))
+    pipe = load("wan", folders["wan"])
+    pipe.transformer.add_adapter(LoraConfig(r=3, lora_alpha=9, target_modules=["to_q", "to_out.0"]), "style")
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in pipe.transformer.named_parameters():
+        if ".style." in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    style = {n.replace(".style.", "."): p.data for n, p in pipe.transformer.named_parameters() if ".style." in n}
+    style_file = tmp_path / "style"
+    pipe.save_lora_weights(style_file, transformer_lora_layers=style, transformer_lora_adapter_metadata=None)
+    specs = (LoraSpec(str(file), 0.7), LoraSpec(str(style_file), 0.4))
+    merged = load("wan", folders["wan"])
+    load_loras(merged, specs)
+    merged.fuse_lora()
+    merged.unload_lora_weights()
+    ours = load_file(file)
+    before = dict(load("wan", folders["wan"]).transformer.named_parameters())
+    for name, parameter in merged.transformer.named_parameters():
+        module, expected = name.removesuffix(".weight"), before[name].detach()
+        if f"transformer.{module}.lora_A.weight" in ours:
+            update = ours[f"transformer.{module}.lora_B.weight"] @ ours[f"transformer.{module}.lora_A.weight"]
+            expected = expected + 0.7 * 2.0 * update  # alpha 4 over rank 2
+        if f"{module}.lora_A.weight" in style:
+            # Without metadata diffusers takes alpha = rank.
+            expected = expected + 0.4 * style[f"{module}.lora_B.weight"] @ style[f"{module}.lora_A.weight"]
+        assert torch.allclose(parameter, expected, atol=1e-5), name
+    changed = {n for n, p in merged.transformer.named_parameters() if not torch.equal(p, before[n])}
+    assert (
+        len(changed) == 2 * 4 + 2 * 2
+    )  # ours in the self-attention; the style's q and out in the cross-attention too
+
+
 @pytest.mark.parametrize("sampling", ["uniform", "logit-normal"])
 def test_part_of_the_noise_levels(sampling: str) -> None:
     """The draws of a range are those of the whole distribution that fall into it."""
@@ -353,7 +390,9 @@ def test_v_prediction_is_the_schedulers(folders: dict[str, Path]) -> None:
     assert abs(draws.mean() - 0.5) < 0.02 and draws.std() > 0.27  # even, whatever the settings say
 
 
-def test_refusals(config: Any, distill: Callable[..., DistillConfig], folders: dict[str, Path], tmp_path: Path) -> None:
+def test_refusals(
+    config: Any, distill: Callable[..., DistillConfig], folders: dict[str, Path], tmp_path: Path
+) -> None:
     for name, why in (("cogvideox", "is trained by v-prediction"), ("wan-image", "needs pictures")):
         with pytest.raises(ConfigError, match=f"few-step.*{why}; use sparsify"):
             Session(distill(model=str(folders[name]), stage="few-step"), quiet)
@@ -367,12 +406,20 @@ def test_refusals(config: Any, distill: Callable[..., DistillConfig], folders: d
         length_extension.train(config("wan", model=str(other)), quiet)
 
 
-def test_sparsify_of_another_family(distill: Callable[..., DistillConfig], folders: dict[str, Path], tmp_path: Path) -> None:
+def test_sparsify_of_another_family(
+    distill: Callable[..., DistillConfig], folders: dict[str, Path], tmp_path: Path
+) -> None:
     """An untrained dense student is the teacher, to the bit; a sparse one is not."""
     losses = []
     for method, options in (("dense", {}), ("radial", {"density": 0.5, "block_size": 16, "dense_layers": 0})):
-        changes = {"model": str(folders["cogvideox"]), "cache_dir": str(tmp_path), "output_dir": str(tmp_path / method)}
-        losses.append(sparsify_loss(Session(distill(method=method, method_options=options, **changes), quiet), 0).item())
+        changes = {
+            "model": str(folders["cogvideox"]),
+            "cache_dir": str(tmp_path),
+            "output_dir": str(tmp_path / method),
+        }
+        losses.append(
+            sparsify_loss(Session(distill(method=method, method_options=options, **changes), quiet), 0).item()
+        )
     assert losses[0] == 0.0 < losses[1]
 
 
