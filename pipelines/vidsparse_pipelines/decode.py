@@ -26,12 +26,18 @@ def to_uint8(frames: np.ndarray) -> np.ndarray:
     return (frames * 255).round().astype(np.uint8)
 
 
-@torch.no_grad()
 def stream_frames(pipe: Any, latents: torch.Tensor, device: torch.device) -> Iterator[np.ndarray]:
     """Decode `latents` `[1, channels, num_latent_frames, height, width]`; yields uint8 RGB `[n, height, width, 3]`.
 
     `n` is 1 for the first latent frame and the VAE's temporal factor for every later one.
     """
+    for frames in stream_clips(pipe, latents, device):
+        yield frames[0]
+
+
+@torch.no_grad()
+def stream_clips(pipe: Any, latents: torch.Tensor, device: torch.device) -> Iterator[np.ndarray]:
+    """`stream_frames` of several clips at once: `[clips, channels, ...]` to uint8 `[clips, n, height, width, 3]`."""
     vae = pipe.vae
     hook = getattr(vae, "_hf_hook", None)
     if hook is not None and hasattr(hook, "pre_forward"):
@@ -41,8 +47,7 @@ def stream_frames(pipe: Any, latents: torch.Tensor, device: torch.device) -> Ite
     mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents.device, latents.dtype)
     inverse_std = 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(latents.device, latents.dtype)
     for chunk in _decode_chunks(vae, latents / inverse_std + mean):
-        pixels = pipe.video_processor.postprocess_video(chunk, output_type="np")[0]
-        yield to_uint8(pixels)
+        yield to_uint8(np.asarray(pipe.video_processor.postprocess_video(chunk, output_type="np")))
 
 
 def _decode_chunks(vae: Any, latents: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -42,7 +42,7 @@ from vidsparse.recipe import Recipe, TunedFor
 
 from .compare import Clip, as_tensor
 from .costs import read_shape
-from .decode import can_stream, stream_frames, to_uint8
+from .decode import can_stream, stream_clips, to_uint8
 from .device import resolve_device
 from .environment import device_name
 from .generation import _call_arguments, _explain, _Run, _Stages
@@ -217,9 +217,7 @@ class Calibration:
                     return np.zeros(0, np.uint8), seconds
                 if not streamed:
                     return np.stack([to_uint8(np.asarray(frames)) for frames in output.frames]), seconds
-                parts = (output.frames[i : i + 1] for i in range(len(clips)))
-                frames = [np.concatenate(list(stream_frames(pipe, x, loaded.device))) for x in parts]
-                return np.stack(frames), seconds
+                return np.concatenate(list(stream_clips(pipe, output.frames, loaded.device)), 1), seconds
         finally:
             for hook in hooks:
                 hook.remove()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vidsparse_pipelines.decode import can_stream, stream_frames, to_uint8
+from vidsparse_pipelines.decode import can_stream, stream_clips, stream_frames, to_uint8
 from vidsparse_pipelines.testing import tiny_wan_pipeline
 
 CALL = {"prompt": "a red circle", "num_inference_steps": 2, "max_sequence_length": 16, "guidance_scale": 1.0}
@@ -52,6 +52,17 @@ def test_tiled_stream_equals_tiled_pipeline(vae_patch: int | None) -> None:
     assert np.array_equal(np.concatenate(chunks), tiled)
     pipe.vae.use_tiling = False
     assert not np.array_equal(_both(pipe, 5, 32, 48)[1], tiled)
+
+
+def test_clips_together_are_the_clips_alone() -> None:
+    pipe = tiny_wan_pipeline()
+    latents = torch.randn(2, 16, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    together = np.concatenate(list(stream_clips(pipe, latents, torch.device("cpu"))), 1)
+    assert together.shape == (2, 9, 32, 48, 3)
+    for clip, own in zip(together, latents, strict=True):
+        alone = np.concatenate(list(stream_frames(pipe, own[None], torch.device("cpu"))))
+        # Sums over a batch may round differently.
+        assert np.abs(clip.astype(int) - alone).max() <= 1 and alone.std() > 1
 
 
 def test_one_latent_frame_is_decoded_at_a_time() -> None:
