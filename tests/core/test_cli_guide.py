@@ -79,13 +79,13 @@ def shrunk(words: list[str]) -> list[str]:
 
 def test_there_is_something_to_run() -> None:
     assert all(line.startswith("vidsparse ") for line in commands())
-    assert {shlex.split(line)[1] for line in commands()} >= {"generate", "doctor", "plan", "show", "compare", "bench"}
+    assert {shlex.split(line)[1] for line in commands()} >= {"generate", "doctor", "plan", "show", "compare", "bench", "tune"}
     assert len(blocks("python")) == 2
 
 
 def test_help_of_every_command_is_light() -> None:
     """No command pays for torch before it runs."""
-    names = [["--help"], *([name, "--help"] for name in ("doctor", "plan", "show", "compare", "bench"))]
+    names = [["--help"], *([name, "--help"] for name in ("doctor", "plan", "show", "compare", "tune", "bench"))]
     code = (
         f"import sys, vidsparse.cli as c\nassert [c.main(n) for n in {names}] == [0] * {len(names)}\n"
         "print([m for m in ('torch', 'diffusers', 'numpy', 'matplotlib') if m in sys.modules])"
