@@ -123,6 +123,17 @@ def resolve_sizes(config: TrainConfig, info: ModelInfo) -> list[tuple[int, int]]
     return sizes
 
 
+def _check_distribution(accelerator: Any) -> None:
+    """Raises ConfigError where accelerate was told to share out more than the batches."""
+    kind = str(accelerator.distributed_type.value)
+    several = accelerator.parallelism_config is not None
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU") or several:
+        raise ConfigError(
+            f"accelerate was set up for {'parallelism_config' if several else kind}, and training shares out batches "
+            "alone, not weights or sequences; launch with configs/accelerate/ddp.yaml, or on one GPU of more memory."
+        )
+
+
 class Session:
     """One run, on one process of possibly several.
 
@@ -157,6 +168,7 @@ class Session:
         self.accelerator = Accelerator(
             cpu=config.device == "cpu", log_with=names or None, project_dir=str(self.folder)
         )
+        _check_distribution(self.accelerator)
         self.device: torch.device = self.accelerator.device
         self._echo = echo or (lambda text: print(text, file=sys.stderr, flush=True))
         self._settings = {**config.decisive(), "num_processes": self.accelerator.num_processes}

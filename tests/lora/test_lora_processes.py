@@ -7,16 +7,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
+from vidsparse.errors import ConfigError
 from vidsparse_lora import length_extension
 from vidsparse_lora.config import LengthExtensionConfig, from_dict
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+ACCELERATE = ROOT / "lora/vidsparse_lora/configs/accelerate"
 
 
 def losses(folder: Path) -> list[float]:
@@ -52,3 +58,23 @@ def test_two_processes_are_one_with_both_batches(settings: dict[str, Any], tmp_p
     alone = {**settings, "output_dir": str(tmp_path / "alone")}
     length_extension.train(from_dict(LengthExtensionConfig, alone), lambda _: None)
     assert abs(losses(tmp_path / "alone")[-1] - expected[-1]) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_sharded_weights_are_refused(kind: str) -> None:
+    from accelerate.utils import DistributedType
+
+    from vidsparse_lora.session import _check_distribution
+
+    with pytest.raises(ConfigError, match=f"set up for {kind}, and training shares out batches alone"):
+        _check_distribution(SimpleNamespace(distributed_type=DistributedType[kind], parallelism_config=None))
+    with pytest.raises(ConfigError, match="set up for parallelism_config"):
+        _check_distribution(SimpleNamespace(distributed_type=DistributedType.MULTI_GPU, parallelism_config=object()))
+    _check_distribution(SimpleNamespace(distributed_type=DistributedType.MULTI_GPU, parallelism_config=None))
+
+
+def test_accelerate_takes_the_shipped_config() -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(ACCELERATE / "ddp.yaml"))
+    assert config.distributed_type.value == "MULTI_GPU" and config.mixed_precision == "no"
