@@ -30,6 +30,7 @@ stages = hopper.num_stages(block_n, head_dim)
 constants = dict(
     BLOCK_D=head_dim, BLOCK_N=block_n, Q_BLOCK=128, KV_BLOCK=block_n, STAGES=stages, RAGGED_KV=True,
     HAS_BIAS=bool(biased), LATE_P=head_dim <= hopper.MAX_LATE_P, STORE_LSE=True,
+    TURNS=head_dim <= hopper.MAX_TURNS and block_n == 128 and not biased,
     CONSUMER_REGISTERS=hopper.CONSUMER_REGISTERS, PRODUCER_REGISTERS=hopper.PRODUCER_REGISTERS)
 rows = dict(query=64, key=block_n, value=block_n, out=64)
 others = dict(lse_ptr="*fp32", counts_ptr="*i32", indices_ptr="*i32", bias_ptr="*fp32", qk_scale_log2="fp32")
@@ -72,6 +73,46 @@ def test_compiles_without_a_gpu(head_dim, block_n, biased, tmp_path):
     )
     assert result.returncode == 0, result.stderr[:3000]
     assert result.stdout.strip() == ("biased" if biased else "plain")
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")
+def test_the_polynomial_for_exponentials_is_as_near_as_it_says():
+    """The PTX for every eighth exponential, run instruction by instruction in fp32."""
+    from vidsparse_kernels.block_sparse_attention import hopper
+
+    text = hopper.EXP2.value
+    assert text.count("ex2.approx.ftz.f32") == 7
+    x = torch.cat([torch.linspace(-126, 0, 100_001), torch.tensor([-1e30, -127.5, -126.0, -0.5, -1e-30, 0.0])])
+    registers: dict[str, torch.Tensor] = {"$15": x}
+
+    def operand(name: str) -> torch.Tensor:
+        if name.startswith("0f"):
+            return torch.tensor(int(name[2:], 16), dtype=torch.int64).to(torch.int32).view(torch.float32)
+        return registers[name] if name in registers else torch.tensor(int(name), dtype=torch.int32)
+
+    for line in text[text.index("max") : text.rindex("}")].split(";")[:-1]:
+        name, target, *sources = line.replace(",", " ").split()
+        a, *rest = (operand(source) for source in sources)
+        match name.split(".")[0]:
+            case "max":
+                result = torch.maximum(a, rest[0])
+            case "add":
+                result = a + rest[0]
+            case "sub":
+                result = a - rest[0]
+            case "fma":
+                result = (a.double() * rest[0].double() + rest[1].double()).float()
+            case "shl":
+                result = a << rest[0]
+            case "mov":
+                result = a.view(torch.int32) if target in ("bits", "mantissa") else a.view(torch.float32)
+            case other:
+                raise AssertionError(other)
+        registers[target] = result
+    result = registers["$7"].double()
+    assert float((result / torch.exp2(x.double()) - 1)[x > -125.5].abs().max()) < 7.6e-5
+    # What is smaller than fp32 has normal numbers for becomes the smallest of them, or zero.
+    assert float(result[x <= -125.5].max()) < 2**-125
 
 
 def test_refused_without_a_gpu():

@@ -52,6 +52,11 @@ PRODUCER_REGISTERS = 24
 MAX_LATE_P = 64
 """Up to this head_dim the weights are rounded once the product of the last ones has ended, not before: on an H200 with
 head_dim 64 that made 442 TFLOP/s of 409."""
+MAX_TURNS = 64
+"""Up to this head_dim exponentials take as long as products, and with tiles of 128 keys the warpgroups take turns: one
+starts its products when the other has started its own, so that one is in its softmax while the other multiplies.
+Without turns both wait for the same unit at the same time. At head_dim 64 on an H200 that made 442 TFLOP/s of 407, and
+every eighth exponential on the multiply-add units 464 of that; at head_dim 128 turns changed nothing."""
 BIAS_ALIGNMENT = 4
 """Rows of the bias start at multiples of this many numbers, so that two of them can be loaded at once."""
 RUNTIME_INTEGERS = [
@@ -94,7 +99,7 @@ def _load_tiles(
     Q_BLOCK: gl.constexpr, KV_BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer: copy what the warpgroups need, in their order: each list from its end, values one tile later."""
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, _ = barriers
     TILES: gl.constexpr = KV_BLOCK // BLOCK_N
     base = 0
     turn = 0
@@ -140,17 +145,45 @@ def _load_bias(bias, start, seq_len_kv, BLOCK_N: gl.constexpr, layout: gl.conste
     return loaded.to(gl.float32) * 1.4426950408889634
 
 
+@gluon.constexpr_function
+def _exp2_instructions():
+    """PTX for 8 exponentials: one in 8 on the multiply-add units, which have time when the special ones have none.
+
+    2^x = 2^n 2^f with n the nearest integer and f in [-0.5, 0.5], 2^f by a polynomial of degree 3 with a relative error
+    of at most 7.5e-5, a fiftieth of the rounding to bf16 and a sixth of that to fp16 (FlashAttention-4's way). Weights
+    below 2^-126 become 2^-126. The number added and taken away again is 1.5 * 2^23, which rounds to integers.
+    """
+    lines = [f"ex2.approx.ftz.f32 ${i}, ${i + 8};" for i in range(7)]
+    lines.append("""max.ftz.NaN.f32 x, $15, 0fC2FC0000;
+        add.rn.ftz.f32 n, x, 0f4B400000;
+        sub.rn.ftz.f32 f, n, 0f4B400000;
+        sub.rn.ftz.f32 f, x, f;
+        fma.rn.ftz.f32 p, f, 0f3D61FB71, 0f3E786EF8;
+        fma.rn.ftz.f32 p, p, f, 0f3F31798D;
+        fma.rn.ftz.f32 p, p, f, 0f3F7FFB4A;
+        mov.b32 bits, n;
+        shl.b32 bits, bits, 23;
+        mov.b32 mantissa, p;
+        add.s32 bits, bits, mantissa;
+        mov.b32 $7, bits;""")
+    return "{ .reg .f32 x, n, f, p; .reg .b32 bits, mantissa; " + " ".join(lines) + " }"
+
+
+EXP2 = gl.constexpr(_exp2_instructions())
+EXP2_CONSTRAINTS = gl.constexpr(",".join(["=f"] * 8 + ["f"] * 8))
+
+
 @gluon.jit
 def _attend(
     consumer: gl.constexpr, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, lists, biases,
     num_heads, seq_len_q, seq_len_kv, num_q_tiles, num_work, qk_scale_log2,
     Q_BLOCK: gl.constexpr, KV_BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr, RAGGED_KV: gl.constexpr, HAS_BIAS: gl.constexpr, LATE_P: gl.constexpr,
-    STORE_LSE: gl.constexpr,
+    STORE_LSE: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: 64 queries of each q tile over their list, from its end, so that a cut tile comes first and its
     mask stays out of the loop."""
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = barriers
     bias_ptr, bias_stride_b, bias_stride_h = biases
     DTYPE: gl.constexpr = q_smem.dtype
     TILES: gl.constexpr = KV_BLOCK // BLOCK_N
@@ -164,6 +197,8 @@ def _attend(
     zeros = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
     base = 0
     turn = 0
+    # Turns taken by this warpgroup.
+    taken = 0
     step = gl.num_programs(0)
     indices, num_tiles, last_start = _work_item(
         gl.program_id(0), num_work, lists, num_heads, num_q_tiles, seq_len_kv, Q_BLOCK, KV_BLOCK, BLOCK_N
@@ -213,12 +248,18 @@ def _attend(
                 if HAS_BIAS:
                     tile = base + num_tiles - 1 - i
                     start = gl.load(indices + tile // TILES) * KV_BLOCK + (tile % TILES) * BLOCK_N
+                if TURNS:
+                    # The first warpgroup's first turn is there from the start.
+                    mbarrier.wait(turns.index(consumer), (taken & 1) ^ (1 - consumer))
+                    taken += 1
                 mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
                 k = k_smem.index(stage).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
                 logits = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
                 mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
                 v = v_smem.index(before).reshape([BLOCK_N, BLOCK_D])
                 acc = warpgroup_mma(p, v, acc, is_async=True)
+                if TURNS:
+                    mbarrier.arrive(turns.index(1 - consumer), count=1)
                 if HAS_BIAS:
                     tile_bias = _load_bias(bias, start, seq_len_kv, BLOCK_N, s_columns, False)
                 logits = warpgroup_mma_wait(1, deps=[logits])
@@ -232,7 +273,11 @@ def _attend(
                     decay = gl.exp2(peak - shift)
                 else:
                     new_peak = gl.maximum(peak, gl.max(logits, 1) * qk_scale_log2)
-                    weights = gl.exp2(logits * qk_scale_log2 - new_peak[:, None])
+                    weights = logits * qk_scale_log2 - new_peak[:, None]
+                    if TURNS:
+                        weights = gl.inline_asm_elementwise(EXP2, EXP2_CONSTRAINTS, [weights], gl.float32, True, 8)
+                    else:
+                        weights = gl.exp2(weights)
                     decay = gl.exp2(peak - new_peak)
                 mass = mass * decay + gl.sum(weights, 1)
                 peak = new_peak
@@ -285,7 +330,7 @@ def block_sparse_forward_hopper_kernel(
     num_heads, group_size, seq_len_q, seq_len_kv, num_q_tiles, num_work, qk_scale_log2,
     BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, Q_BLOCK: gl.constexpr, KV_BLOCK: gl.constexpr,
     STAGES: gl.constexpr, RAGGED_KV: gl.constexpr, HAS_BIAS: gl.constexpr, LATE_P: gl.constexpr,
-    STORE_LSE: gl.constexpr,
+    STORE_LSE: gl.constexpr, TURNS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """128 queries of one head over their listed kv-blocks, q tile after q tile; query, key, value, out are
@@ -302,6 +347,9 @@ def block_sparse_forward_hopper_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for consumer in gl.static_range(2):
+        mbarrier.init(turns.index(consumer), count=1)
     # Full: the producer arrives. Empty: each of the two warpgroups does.
     mbarrier.init(q_full, count=1)
     mbarrier.init(q_empty, count=2)
@@ -311,7 +359,7 @@ def block_sparse_forward_hopper_kernel(
         mbarrier.init(k_empty.index(stage), count=2)
         mbarrier.init(v_empty.index(stage), count=2)
     fence_async_shared()
-    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns)
     lists = (
         counts_ptr, indices_ptr, counts_stride_b, counts_stride_h, indices_stride_b, indices_stride_h, indices_stride_m,
     )  # fmt: skip
@@ -321,12 +369,12 @@ def block_sparse_forward_hopper_kernel(
             (_attend, (
                 0, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, lists, biases,
                 num_heads, seq_len_q, seq_len_kv, num_q_tiles, num_work, qk_scale_log2,
-                Q_BLOCK, KV_BLOCK, BLOCK_N, BLOCK_D, STAGES, RAGGED_KV, HAS_BIAS, LATE_P, STORE_LSE,
+                Q_BLOCK, KV_BLOCK, BLOCK_N, BLOCK_D, STAGES, RAGGED_KV, HAS_BIAS, LATE_P, STORE_LSE, TURNS,
             )),
             (_attend, (
                 1, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, lists, biases,
                 num_heads, seq_len_q, seq_len_kv, num_q_tiles, num_work, qk_scale_log2,
-                Q_BLOCK, KV_BLOCK, BLOCK_N, BLOCK_D, STAGES, RAGGED_KV, HAS_BIAS, LATE_P, STORE_LSE,
+                Q_BLOCK, KV_BLOCK, BLOCK_N, BLOCK_D, STAGES, RAGGED_KV, HAS_BIAS, LATE_P, STORE_LSE, TURNS,
             )),
             (_load_tiles, (
                 query, key, value, q_smem, k_smem, v_smem, barriers, lists,
@@ -393,6 +441,7 @@ def hopper_forward(
             BLOCK_D=block_d, BLOCK_N=block_n, Q_BLOCK=block_mask.q_block_size, KV_BLOCK=block_mask.kv_block_size,
             STAGES=num_stages(block_n, block_d), RAGGED_KV=seq_len_kv % block_n != 0, HAS_BIAS=bias is not None,
             LATE_P=block_d <= MAX_LATE_P, STORE_LSE=return_lse,
+            TURNS=block_d <= MAX_TURNS and block_n == 128 and bias is None,
             CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
