@@ -276,6 +276,39 @@ def test_a_generation_reuses_per_branch_and_the_next_one_starts_anew(build_pipel
     handle.remove()
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("vidsparse", {"refresh_every": 2, "q_clusters": 3, "k_clusters": 4, "first_iterations": 2}),
+        ("pooled", {"refresh_every": 3, "keep": "state"}),
+    ],
+)
+def test_what_is_kept_never_leaves_its_generation(build_pipeline, generate, method, options):
+    """The same video after another size, two at once, no guidance, one broken off, and one inside it on another pipeline."""
+    pipe, other = build_pipeline(), build_pipeline()
+    processor = processor_class(method)(density=0.4, **options, **ALWAYS)
+    for each in (pipe, other):
+        each.transformer.set_attn_processor(processor)
+    first = generate(pipe)
+
+    def stop(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            raise InterruptedError
+        return kwargs
+
+    def within(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            assert torch.equal(generate(other), first)
+        return kwargs
+
+    for changes in ({"height": 96}, {"num_videos_per_prompt": 2}, {"guidance_scale": 1.0}):
+        assert not torch.equal(generate(pipe, **changes), first)
+        assert torch.equal(generate(pipe), first)
+    with pytest.raises(InterruptedError):
+        generate(pipe, callback_on_step_end=stop)
+    assert torch.equal(generate(pipe, callback_on_step_end=within), first)
+
+
 def test_dense_early_then_one_choice_for_all_steps(build_pipeline, generate, monkeypatch):
     """SparseD's schedule: warm-up steps, then blocks chosen once for each layer and branch."""
     pipe, calls = build_pipeline(), []
