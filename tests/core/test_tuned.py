@@ -14,7 +14,7 @@ from vidsparse.errors import ConfigError
 from vidsparse.methods.tuned import TunedConfig, TunedProcessor
 from vidsparse.processors.context import AttentionContext
 from vidsparse.recipe import TunedFor
-from vidsparse.schedule import BY_RECIPE
+from vidsparse.schedule import BY_RECIPE, GUARDED, Schedule
 from vidsparse.selection.heads import join_heads, refine
 from vidsparse_kernels import BlockMask
 from vidsparse_pipelines.testing import tiny_wan_pipeline
@@ -114,6 +114,24 @@ def test_a_generation_follows_the_table() -> None:
     assert torch.equal(latents(), stock)
     handle.remove()
     assert torch.equal(latents(), stock)
+
+
+def test_a_guarded_layer_that_falls_short_goes_dense() -> None:
+    """A table has no one density to raise."""
+    pipe = tiny_wan_pipeline(num_layers=2)
+    config = TunedConfig(CHOICES, (1.0,), ((2,), (0,)), Schedule(warmup_steps=0, guard=0.9999))
+    handle = apply(pipe, Recipe("tuned", config))
+    pipe(
+        "a",
+        height=64,
+        width=64,
+        num_frames=9,
+        num_inference_steps=4,
+        output_type="latent",
+        generator=torch.Generator(),
+    )
+    reasons = {row.step: row.reason for row in handle.report().rows if row.layer == 0}
+    assert reasons[0] is None and reasons[3] == GUARDED
 
 
 def test_whole_layers_may_change_from_clusters_to_blocks_and_back() -> None:
