@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 from vidsparse.errors import ConfigError
 from vidsparse_pipelines.bundled import BUNDLED_MODEL
+from vidsparse_pipelines.rope import ROPE_KINDS
 
 TIMESTEP_SAMPLINGS = ("logit-normal", "uniform")
 LR_SCHEDULES = ("constant", "linear", "cosine")
@@ -25,7 +26,7 @@ MAY_CHANGE = frozenset(
 )
 """Settings that a run may be continued with other values of: none of them changes a step."""
 
-LATER = frozenset(["expert"])
+LATER = frozenset(["expert", "rope", "rope_factor"])
 """Settings that checkpoints of an earlier version lack: unset they mean what they meant then."""
 
 
@@ -37,12 +38,14 @@ class TrainConfig:
         output_dir: folder of checkpoints, validation videos, the log and the finished adapter.
         model: the bundled model's name, a local diffusers folder or a hub id.
         data: "clips" (drawn by the project's own renderer, for the bundled model) or a folder of videos with captions
-            (a `.txt` beside each, or `metadata.jsonl` or `metadata.csv` with `file_name` and `text`). A few-step
+            (a `.txt` beside each, or `metadata.jsonl` or `metadata.csv` with `file_name` and `text`), or
+            "self:PROMPTS.txt": clips that the dense model makes from the prompts of a file, one a line, with
+            `validation_steps` and `validation_guidance`. A few-step
             student takes prompts alone: captions of "clips", or a text file with one prompt a line.
         expert: which of two transformers trains (Wan 2.2 A14B): "high" or "low" noise, each in its own range of noise
             levels and in a run of its own. Default: the only one.
         cache_dir: folder of encoded latents and texts, default `cache` in `output_dir`.
-        num_clips: clips to draw when `data` is "clips".
+        num_clips: clips to draw or to make when `data` is "clips" or "self:".
         num_frames: lengths in pixel frames; a video is cut to the longest that it fills.
         sizes: sizes in pixels, "WIDTHxHEIGHT" or a name of the model's preset; a video goes to the one nearest to its
             shape. Default: the preset's own.
@@ -211,6 +214,10 @@ class LengthExtensionConfig(TrainConfig):
         teacher_weight: weight of the match with the dense model without the adapter on a window of the length that it
             was trained at; 0 (default) turns it off.
         teacher_frames: that length in pixel frames.
+        rope: stretch the model's positions along time: "interpolation" or "ntk" (Wan; without a teacher, which has its
+            own positions). Default: positions run on beyond what the model knows. `vidsparse generate --lora` does the
+            same from the file's header; another loader must be told (`vidsparse_pipelines.rope.stretch_time`).
+        rope_factor: by how much; default the longest of `num_frames` over `teacher_frames`, in latent frames.
         (all others): as in `TrainConfig`.
     """
 
@@ -218,6 +225,8 @@ class LengthExtensionConfig(TrainConfig):
 
     teacher_weight: float = 0.0
     teacher_frames: int = 81
+    rope: str | None = None
+    rope_factor: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -225,6 +234,19 @@ class LengthExtensionConfig(TrainConfig):
             raise ConfigError(f"`teacher_weight` must be at least 0, got {self.teacher_weight}.")
         if self.teacher_frames < 1:
             raise ConfigError(f"`teacher_frames` must be at least 1, got {self.teacher_frames}.")
+        if self.rope not in (None, *ROPE_KINDS):
+            raise ConfigError(f"`rope` must be one of {', '.join(ROPE_KINDS)}, got {self.rope!r}.")
+        if self.rope is not None and self.teacher_weight:
+            raise ConfigError("`rope` would change the teacher's positions too; set `teacher_weight` to 0.")
+        if self.rope_factor is not None and (self.rope is None or not self.rope_factor >= 1):
+            raise ConfigError(f"`rope_factor` must be at least 1 and needs `rope`, got {self.rope_factor}.")
+
+    def rope_scaling(self, temporal: int) -> dict[str, Any] | None:
+        """Kind and factor for a VAE of `temporal` frames a latent, None where positions stay as they are."""
+        if self.rope is None:
+            return None
+        longest, known = ((n - 1) // temporal + 1 for n in (max(self.num_frames), self.teacher_frames))
+        return {"kind": self.rope, "factor": self.rope_factor or max(1.0, longest / known)}
 
 
 @dataclass(frozen=True)

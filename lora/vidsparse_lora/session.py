@@ -18,8 +18,18 @@ from vidsparse.errors import ConfigError
 from vidsparse.methods import processor_class
 from vidsparse_lora.adapter import FILE_NAME, save_adapter, start_from
 from vidsparse_lora.checkpoint import Checkpoint, last_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
-from vidsparse_lora.config import CLIPS, TrainConfig, few_steps, is_few_step
-from vidsparse_lora.data import Batch, Batches, LatentCache, Prompts, drawn_clips, folder_videos, prompt_list
+from vidsparse_lora.config import CLIPS, LengthExtensionConfig, TrainConfig, few_steps, is_few_step
+from vidsparse_lora.data import (
+    SELF,
+    Batch,
+    Batches,
+    LatentCache,
+    Prompts,
+    drawn_clips,
+    folder_videos,
+    prompt_list,
+    self_made,
+)
 from vidsparse_lora.families import family_of
 from vidsparse_lora.files import write_bytes
 from vidsparse_lora.log import Figures, tracker_names
@@ -28,6 +38,7 @@ from vidsparse_lora.roles import STUDENT, Roles
 from vidsparse_pipelines.load import load_pipeline
 from vidsparse_pipelines.model_info import ModelInfo, inspect_model
 from vidsparse_pipelines.provenance import model_identity
+from vidsparse_pipelines.rope import stretch_time
 
 PARK_BYTES = 2**30
 """Text encoder and VAE beyond this size wait in the CPU's memory while the transformer trains."""
@@ -164,6 +175,8 @@ class Session:
                 f"`stage` few-step takes prompts alone and a model of flow matching, and {info.name!r} {why}; "
                 "use sparsify."
             )
+        if family.from_image and config.data.startswith(SELF):
+            raise ConfigError(f"`data` 'self:' makes clips from prompts alone, and {info.name!r} needs pictures.")
         self.sizes = resolve_sizes(config, info)
         self.accelerator = Accelerator(
             cpu=config.device == "cpu", log_with=names or None, project_dir=str(self.folder)
@@ -189,6 +202,11 @@ class Session:
         self.flow_shift = config.flow_shift or self.backbone.flow_shift
         self._park()
 
+        lengthens = isinstance(config, LengthExtensionConfig)
+        self.rope = config.rope_scaling(info.temporal) if lengthens else None
+        for transformer in (loaded.pipe.transformer, getattr(loaded.pipe, "transformer_2", None)):
+            if self.rope is not None and transformer is not None:
+                stretch_time(transformer, **self.rope)
         # Of two experts the other one keeps its own attention.
         target = loaded.pipe if config.expert is None else self.backbone.transformer
         self.roles = Roles(target, config.method, config.student_options)
@@ -231,9 +249,19 @@ class Session:
 
     def _sources(self) -> list[Any]:
         config = self.config
+        if config.data.startswith(SELF):
+            file = config.data.removeprefix(SELF)
+            how = f"{config.validation_steps} {config.validation_guidance} {config.dtype}"
+            return self_made(file, config.num_clips, config.num_frames, self.sizes, config.seed, how, self._make_clip)
         if config.data == CLIPS:
             return drawn_clips(config.num_clips, config.num_frames, self.sizes, config.seed, self.device)
         return folder_videos(config.data, config.num_frames, self.sizes, config.fps)
+
+    def _make_clip(self, prompt: str, seed: int, num_frames: int, height: int, width: int) -> Tensor:
+        """A clip by the model as it came, for `data` self."""
+        from vidsparse_lora.validation import generate
+
+        return generate(self, [prompt], [seed], num_frames, height, width)[0].cpu() * 2 - 1
 
     def _encode(self, sources: list[Any]) -> Batches:
         config = self.config
@@ -441,6 +469,7 @@ class Session:
                 "flow_shift": self.flow_shift,
                 "trained_steps": self.step,
                 "expert": config.expert,
+                "rope": self.rope,
                 "seconds": round(self.seconds, 1),
             }
             peft_config = self.backbone.transformer.peft_config[STUDENT]

@@ -9,6 +9,7 @@ from typing import Any
 
 from vidsparse.errors import ConfigError, ModelLoadError
 
+from .rope import stretch_time
 from .weights import check_safetensors
 
 _PEFT_PREFIX = "base_model.model."
@@ -292,6 +293,21 @@ def _target(pipe: Any, spec: LoraSpec) -> Any:
     return pipe.transformer_2 if training["expert"] == "low" else pipe.transformer
 
 
+def _ropes(specs: tuple[LoraSpec, ...]) -> dict[str, Any] | None:
+    """How the positions were stretched in training, None where they were not.
+
+    Raises:
+        ModelLoadError: two adapters differ in it.
+    """
+    found = [(spec.path, training.get("rope")) for spec in specs if (training := read_training(spec.path)) is not None]
+    for path, rope in found[1:]:
+        if rope != found[0][1]:
+            raise ModelLoadError(
+                f"The LoRAs {found[0][0]!r} and {path!r} were trained with positions stretched differently; use one."
+            )
+    return found[0][1] if found else None
+
+
 def load_loras(pipe: Any, specs: tuple[LoraSpec, ...]) -> None:
     """Load every adapter with its scale. All are checked before the first is attached, so a failure changes nothing.
 
@@ -304,6 +320,7 @@ def load_loras(pipe: Any, specs: tuple[LoraSpec, ...]) -> None:
         raise ModelLoadError(f"{type(pipe).__name__} takes no LoRA.")
     adapters = [_read(pipe, spec) for spec in specs]
     targets = [_target(pipe, spec) for spec in specs]
+    ropes = _ropes(specs)
     for spec, adapter, target in zip(specs, adapters, targets, strict=True):
         check_fits(adapter.state, target, spec.path)
     names = [f"lora_{i}" for i in range(len(specs))]
@@ -326,6 +343,8 @@ def load_loras(pipe: Any, specs: tuple[LoraSpec, ...]) -> None:
     pipe.set_adapters(names, adapter_weights=[spec.scale for spec in specs])
     for spec, adapter, target in zip(specs, adapters, targets, strict=True):
         _add_projections(target, adapter.state, spec.scale)
+        if ropes is not None:
+            stretch_time(target, **ropes)
         training = read_training(spec.path)
         if training is not None and training.get("num_inference_steps") is not None:
             pipe.scheduler = few_step_scheduler(training["flow_shift"])

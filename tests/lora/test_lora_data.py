@@ -16,6 +16,7 @@ from vidsparse_lora import files
 from vidsparse_lora.data import Batches, LatentCache, drawn_clips, folder_videos
 from vidsparse_lora.data.cache import Skipped
 from vidsparse_lora.data.folder import fit, nearest_size
+from vidsparse_lora.session import Session
 from vidsparse_pipelines.clips.grammar import is_held_out
 from vidsparse_pipelines.video import write_video
 
@@ -208,3 +209,57 @@ def test_order_of_batches(tmp_path: Path) -> None:
     assert [e.path for e in fresh.entries(8)] == second[2] and [e.path for e in fresh.entries(1)] == first[1]
     assert [[e.path for e in Batches(cache, 2, seed=4).entries(i)] for i in range(6)] != first
     assert batches[0].latents.shape[0] == 2
+
+
+def test_clips_that_the_model_makes(
+    lengthen: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stock diffusers makes from the prompts; kept, gone on with after a stop, and not made again."""
+    import diffusers
+
+    from vidsparse_lora import length_extension, validation
+
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red circle\n\n# no prompt\na blue star\n")
+    config = lengthen(
+        data=f"self:{file}", num_clips=3, validation_steps=2, max_steps=1, cache_dir=str(tmp_path / "own")
+    )
+    made: list[tuple[str, int]] = []
+    original = validation.generate
+
+    def generate(session: Any, prompts: Any, seeds: Any, *size: int) -> torch.Tensor:
+        if len(made) == 2 and not stopped:
+            stopped.append(True)
+            raise KeyboardInterrupt
+        made.append((prompts[0], seeds[0]))
+        return original(session, prompts, seeds, *size)
+
+    stopped: list[bool] = []
+    monkeypatch.setattr(validation, "generate", generate)
+    with pytest.raises(KeyboardInterrupt):
+        length_extension.train(config, lambda _: None)
+    length_extension.train(config, lambda _: None)
+    assert made == [("a red circle", 0), ("a blue star", 1), ("a red circle", 2)]
+    monkeypatch.setattr(validation, "generate", None)  # must not be called any more
+    session = Session(config, lambda _: None)
+    assert session.batches is not None and len(made) == 3
+    cache = session.batches.cache
+    assert sorted(entry.caption for entry in cache.entries) == ["a blue star", "a red circle", "a red circle"]
+    pipe: Any = diffusers.WanPipeline.from_pretrained(tiny_model)  # pyright: ignore[reportPrivateImportUsage]
+    guidance = session.backbone.info.preset.guidance_scale
+    video = pipe(
+        prompt="a blue star",
+        height=64,
+        width=64,
+        num_frames=17,
+        num_inference_steps=2,
+        guidance_scale=guidance,
+        generator=[torch.Generator().manual_seed(1)],
+        max_sequence_length=32,
+        output_type="pt",
+    ).frames.transpose(1, 2)
+    expected = session.backbone.encode_video(video * 2 - 1)[0]
+    (entry,) = (entry for entry in cache.entries if entry.caption == "a blue star")
+    assert torch.allclose(cache.load(entry).latents, expected, atol=1e-4)
+    with pytest.raises(ConfigError, match="prompt file .* cannot be read"):
+        Session(lengthen(data="self:/nowhere.txt", output_dir=str(tmp_path / "other")), lambda _: None)
