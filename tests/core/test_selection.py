@@ -10,6 +10,7 @@ import torch
 
 import vidsparse
 from vidsparse.attention import attend, make_context
+from vidsparse.cli.method_options import attribute_help
 from vidsparse.errors import ConfigError
 from vidsparse.layout import LatentGrid, TokenLayout
 from vidsparse.methods import processor_class
@@ -421,6 +422,11 @@ def test_published_clusters_by_default(sizes, clusters):
         # The tail of "vidsparse" has clusters of half as many tokens where there are few.
         assert counts == ((10, 20) if method == "vidsparse" and clusters == (10, 10) else clusters)
         assert f"{counts[0]} clusters of queries and {counts[1]} of keys" in note
+
+
+def test_settings_of_a_method_made_of_another_are_described():
+    texts = attribute_help(processor_class("vidsparse").config_class)
+    assert "200 up to 60,000" in texts["q_clusters"] and "16th" in texts["k_clusters"] and "0.15" in texts["density"]
 
 
 def test_what_is_kept_is_reported(build_pipeline, generate):

@@ -100,11 +100,12 @@ def convert(name: str, kind: Any, value: Any) -> Any:
 
 
 def attribute_help(config: type) -> dict[str, str]:
-    """Field descriptions from the `Attributes:` section of a dataclass's docstring."""
+    """Field descriptions from the `Attributes:` sections of a dataclass's docstring and its bases'."""
     import inspect
     import re
 
-    texts: dict[str, str] = {}
+    base = config.__base__
+    texts = {} if base is None or base is object else attribute_help(base)
     name, inside = "", False
     for line in (inspect.getdoc(config) or "").splitlines():
         if not line.startswith(" "):

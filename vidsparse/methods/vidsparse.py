@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VidsparseConfig(SemanticConfig):
-    """Settings of the method "vidsparse": those of "semantic", with clusters of keys of 16 tokens and more, and
+    """Settings of the method "vidsparse": those of "semantic", with these changed or added
 
     Attributes:
+        k_clusters: clusters of the keys, at most one per token; default None: 1000, lowered to at most a 16th of the tokens.
+        density: the share of the key clusters that every row takes, in (0, 1]; default 0.15 unless `top_p` is given.
         first_order: add the tail's first-order term, default True.
 
     Raises:
