@@ -206,7 +206,8 @@ def triton_tail(
         first_order: whether to add the first-order term.
         state: output (like `query`, any strides) and fp32 LSE `[batch, num_heads, seq_len_q]` to merge into, in place.
         config: tile shape and variant; default: `config_for`.
-        hopper: whether to use the kernel for Hopper GPUs; None: wherever `hopper.unsupported` has nothing against it.
+        hopper: whether to use the kernel for Hopper GPUs, which is right there but not timed yet, so not the default; None:
+            wherever `hopper.unsupported` has nothing against it.
 
     Returns:
         Output and fp32 LSE: of the tail alone, or `state` itself after the merge.
