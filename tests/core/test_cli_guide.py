@@ -79,7 +79,15 @@ def shrunk(words: list[str]) -> list[str]:
 
 def test_there_is_something_to_run() -> None:
     assert all(line.startswith("vidsparse ") for line in commands())
-    assert {shlex.split(line)[1] for line in commands()} >= {"generate", "doctor", "plan", "show", "compare", "bench", "tune"}
+    assert {shlex.split(line)[1] for line in commands()} >= {
+        "generate",
+        "doctor",
+        "plan",
+        "show",
+        "compare",
+        "bench",
+        "tune",
+    }
     assert len(blocks("python")) == 2
 
 

@@ -56,7 +56,10 @@ def test_row_by_row(data: st.DataObject) -> None:
 
 def test_exact_output_has_no_error() -> None:
     q, k, v = make_qkv(seq_len_q=100, dtype=torch.float64)
-    x = torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+    heads_first = [t.transpose(1, 2) for t in (q, k, v)]
+    x = torch.nn.functional.scaled_dot_product_attention(heads_first[0], heads_first[1], heads_first[2]).transpose(
+        1, 2
+    )
     error, norm = sampled_error(q, k, v, x)[0].unbind(-1)
     assert bool((error < 1e-25 * norm).all() and (norm > 0).all())
     assert torch.equal(sampled_error(q, k, v, x), sampled_error(q, k, v, x))

@@ -97,7 +97,8 @@ def _compare(
             acc_ptr + (pair * num_runs + part)[:, None] * BLOCK_D + dim[None, :], mask=there[:, None], other=0.0
         )
         exact += tl.sum(acc * share[:, None], 0)
-    exact = tl.where(total > 0, exact / tl.where(total > 0, total, 1.0), exact)
+    # A row without any key keeps its zeros; any other has a total of at least 1, its largest weight.
+    exact /= tl.maximum(total, 1.0)
     row = first + (i.to(tl.int64) * among + offset) // count
     head = (first_head + local_head).to(tl.int64)
     in_dim = dim < HEAD_DIM
@@ -125,7 +126,7 @@ def triton_sampled_error(
     """As `sampled_error_reference`, in two launches."""
     batch, _, num_heads, head_dim = query.shape
     seq_len_kv, begin, num_sampled = key.shape[1], heads[0], heads[1] - heads[0]
-    block_d, rows = max(16, triton.next_power_of_2(head_dim)), max(16, triton.next_power_of_2(count))
+    block_d, rows = _power_of_2(head_dim), _power_of_2(count)
     tiles = -(-seq_len_kv // BLOCK_N)
     tiles_per_run = -(-tiles // max(1, min(MAX_RUNS, tiles, PROGRAMS // (batch * num_sampled))))
     num_runs = -(-tiles // tiles_per_run)
@@ -134,7 +135,7 @@ def triton_sampled_error(
     largest, total = torch.empty((2, pairs, num_runs), dtype=torch.float32, device=query.device).unbind()
     result = torch.empty((batch, num_sampled * count, 2), dtype=torch.float32, device=query.device)
     bias, bias_strides = _bias(key_bias, query)
-    scale = head_dim**-0.5 if scale is None else scale
+    factor = head_dim**-0.5 if scale is None else scale
     shape: dict[str, Any] = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "ROWS": rows}
     # Wide heads of fp32 would not fit shared memory in two stages.
     stages = 3 if block_d * query.element_size() <= 256 else 1
@@ -144,15 +145,20 @@ def triton_sampled_error(
             query, key, value, bias, acc, largest, total,
             *query.stride(), *key.stride(), *value.stride(), *bias_strides,
             seq_len_kv, first, among, count, offset, begin, num_heads // key.shape[2], num_runs,
-            tiles_per_run * BLOCK_N, scale * 1.4426950408889634,
+            tiles_per_run * BLOCK_N, factor * 1.4426950408889634,
             **shape, TILE=BLOCK_N, HAS_BIAS=key_bias is not None, num_warps=4, num_stages=stages,
         )  # fmt: skip
         launch = _compare[(count, num_sampled, batch)]
         launch(
             acc, largest, total, out, result, *out.stride(), first, among, count, offset, begin, num_runs,
-            **shape, RUNS=triton.next_power_of_2(num_runs), STEP=64, num_warps=4,
+            **shape, RUNS=_power_of_2(num_runs), STEP=64, num_warps=4,
         )  # fmt: skip
     return result
+
+
+def _power_of_2(n: int) -> int:
+    """The next one, at least the 16 that `tl.dot` takes."""
+    return max(16, 1 << (n - 1).bit_length())
 
 
 def _bias(key_bias: Tensor | None, query: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
