@@ -8,7 +8,7 @@ cell, and one pass over the cells costs nothing, so L is bisected.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from vidsparse.methods.tuned import DENSE, SKIP
@@ -147,7 +147,20 @@ class Problem:
 
 def within_error(problem: Problem, budget: float) -> Table:
     """The fastest table whose predicted mean squared error is at most `budget`."""
-    return _search(problem, lambda error, cost: error <= budget)
+
+    def fits(error: float, cost: float) -> bool:
+        return error <= budget
+
+    low, high = 0.0, 1e-12
+    while fits(*problem.total(problem.at_price(high))) and high < 1e30:
+        low, high = high, high * 10
+    for _ in range(80):
+        middle = (low + high) / 2
+        if fits(*problem.total(problem.at_price(middle))):
+            low = middle
+        else:
+            high = middle
+    return _fill(problem, problem.at_price(low), problem.at_price(high), fits, by_error=False)
 
 
 def within_cost(problem: Problem, budget: float) -> Table:
@@ -166,20 +179,9 @@ def within_cost(problem: Problem, budget: float) -> Table:
     return _fill(problem, table, problem.at_price(low), lambda error, cost: cost <= budget, by_error=True)
 
 
-def _search(problem: Problem, fits) -> Table:  # noqa: ANN001
-    low, high = 0.0, 1e-12
-    while fits(*problem.total(problem.at_price(high))) and high < 1e30:
-        low, high = high, high * 10
-    for _ in range(80):
-        middle = (low + high) / 2
-        if fits(*problem.total(problem.at_price(middle))):
-            low = middle
-        else:
-            high = middle
-    return _fill(problem, problem.at_price(low), problem.at_price(high), fits, by_error=False)
-
-
-def _fill(problem: Problem, table: Table, towards: Table, fits, by_error: bool) -> Table:  # noqa: ANN001
+def _fill(
+    problem: Problem, table: Table, towards: Table, fits: Callable[[float, float], bool], by_error: bool
+) -> Table:
     """Switch cells to their choice in another table as long as the whole fits, best exchange first."""
     table = [list(row) for row in table]
     moves = []

@@ -31,7 +31,7 @@ CHOICES = (
 )
 
 
-def recipe(table: list[list[object]], ends: tuple[float, ...] = (0.5, 1.0), **tuned: Any) -> Recipe:
+def recipe(table: list[list[Any]], ends: tuple[float, ...] = (0.5, 1.0), **tuned: Any) -> Recipe:
     config = TunedConfig(CHOICES, ends, tuple(tuple(row) for row in table))
     return Recipe("tuned", config, TunedFor(**tuned) if tuned else None)
 
