@@ -467,7 +467,8 @@ def triton_backward(
         descriptors = tiles.descriptors and masked
         if descriptors:
             streamed = [_descriptor(x, tiles.block_m, block_d) for x in streamed]
-        # Triton 3.6 makes wrong code of this kernel for two warpgroups over 64 rows: addresses past shared memory.
+        # On an H200 (Triton 3.6) this kernel in two warpgroups over 64 rows read past shared memory (compute-sanitizer) or
+        # gave a wrong gradient of key; in one it was right in all three cases tried.
         num_warps = 4 if block_d > 128 and query.element_size() <= 2 else tiles.num_warps
         key_value_kernel: Any = linear_backward_key_value_kernel
         key_value_kernel[(num_tiles * (num_heads // members) * batch,)](
