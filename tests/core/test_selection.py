@@ -315,7 +315,7 @@ def test_dense_early_then_one_choice_for_all_steps(build_pipeline, generate, mon
     pipe, calls = build_pipeline(), []
     chosen = PooledSelector.select
     monkeypatch.setattr(PooledSelector, "select", lambda self, *args: calls.append(1) or chosen(self, *args))
-    settings = ALWAYS | {"warmup_steps": 1, "refresh_every": 100}
+    settings: dict[str, Any] = ALWAYS | {"warmup_steps": 1, "refresh_every": 100}
     for video in (1, 2):
         handle = vidsparse.apply(pipe, "pooled", density=0.4, **settings)
         generate(pipe)
