@@ -29,7 +29,7 @@ def stretch_time(transformer: Any, kind: str, factor: float) -> None:
         raise ConfigError(f"`rope` must be one of {', '.join(ROPE_KINDS)}, got {kind!r}.")
     if not factor >= 1:
         raise ConfigError(f"`rope_factor` must be at least 1, got {factor}.")
-    rope = getattr(transformer, "rope", None)
+    rope: Any = getattr(transformer, "rope", None)
     if type(rope).__name__ != "WanRotaryPosEmbed":
         raise ConfigError(f"`rope` stretches the positions of Wan, not those of {type(transformer).__name__}.")
     dim = rope.t_dim

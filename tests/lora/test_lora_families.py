@@ -25,7 +25,7 @@ from vidsparse_pipelines.model_info import inspect_model
 from vidsparse_pipelines.testing import tiny_tokenizer, tiny_wan_pipeline
 
 diffusers: Any = importlib.import_module("diffusers")
-TEXT = {"vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1}
+TEXT: dict[str, Any] = {"vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1}
 
 
 def t5() -> Any:
@@ -95,7 +95,7 @@ def cogvideox() -> Any:
 def hunyuan() -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     llama = LlamaModel(LlamaConfig(num_hidden_layers=3, bos_token_id=2, **sizes, **TEXT)).eval()
     clip = CLIPTextModel(CLIPTextConfig(num_hidden_layers=1, **{**sizes, "hidden_size": 8}, **TEXT)).eval()
     vae = diffusers.AutoencoderKLHunyuanVideo(
