@@ -118,7 +118,9 @@ def test_config_file_names(tmp_path: Path, suffix: str) -> None:
 
 def test_run_document_is_a_config(tmp_path: Path) -> None:
     path = tmp_path / "clip.json"
-    path.write_text(json.dumps({"format": "vidsparse-run", "format_version": 1, "output": "clip.mp4", "settings": {"seed": 3}}))
+    path.write_text(
+        json.dumps({"format": "vidsparse-run", "format_version": 1, "output": "clip.mp4", "settings": {"seed": 3}})
+    )
     assert read_config(str(path)) == {"seed": 3}
 
 
