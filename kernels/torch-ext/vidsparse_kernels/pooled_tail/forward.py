@@ -151,6 +151,7 @@ def pooled_tail_kernel(
     dims = tl.arange(0, BLOCK_D)
     if FIRST_ORDER:
         first_order_ptr += pool_row * HEAD_DIM * HEAD_DIM
+        acc_low = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         # Slices of the queries are read again: registers cannot be cut.
         for start_d in tl.static_range(0, HEAD_DIM, SLICE):  # pyright: ignore[reportGeneralTypeIssues]
             rows = start_d + tl.arange(0, SLICE)
@@ -159,8 +160,16 @@ def pooled_tail_kernel(
             pointers = query_ptr + tokens.to(tl.int64)[:, None] * query_stride_s
             pointers += rows.to(tl.int64)[None, :] * query_stride_d
             part = tl.load(pointers, mask=(tokens < end_m)[:, None] & (rows < HEAD_DIM)[None, :], other=0.0)
-            acc = tl.dot(part, matrix, acc, input_precision=PRECISION)
-        acc = tl.where(empty[:, None], 0.0, acc)
+            if part.dtype == tl.float32:
+                # Each slice is summed by itself and added with what rounding dropped: one chain of HEAD_DIM sums onto acc
+                # loses more than plain attention. The compiler joins a product with a sum only where it has one use.
+                term = tl.dot(part, matrix, input_precision=PRECISION)
+                both_terms = acc + term
+                acc_low += term - (both_terms - acc)
+                acc = both_terms
+            else:
+                acc = tl.dot(part, matrix, acc, input_precision=PRECISION)
+        acc = tl.where(empty[:, None], 0.0, acc + acc_low)
     rows_inside = tokens < end_m
     lse_ptr += wide_batch * lse_stride_b + wide_head * lse_stride_h
     out_ptr += wide_batch * out_stride_b + wide_head * out_stride_h
