@@ -69,9 +69,8 @@ def test_cells_hold_the_error_of_the_call_itself(tuned: tuple[Tuning, dict[str, 
     tuning, _ = tuned
     caught: list[tuple[torch.Tensor, ...]] = []
     block = tuning.calibration.models[0].blocks[1].attn1
+    from diffusers.models.attention_dispatch import dispatch_attention_fn as real
     from diffusers.models.transformers import transformer_wan
-
-    real = transformer_wan.dispatch_attention_fn
 
     def catch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **rest: Any) -> torch.Tensor:
         if key.shape[1] == query.shape[1] == tuning.calibration.grid.num_tokens:
