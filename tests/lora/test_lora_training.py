@@ -300,6 +300,25 @@ def generate(tmp_path: Path, model: Path, *options: str) -> dict[str, Any]:
     return json.loads(output.with_suffix(".json").read_text())
 
 
+def test_a_projection_holds_for_its_own_linear_branch(tmp_path: Path) -> None:
+    from vidsparse import Recipe
+    from vidsparse.cli.train import follow_adapters
+    from vidsparse_pipelines.lora import TRAINING_VERSION
+
+    training = {"version": TRAINING_VERSION, "recipe": Recipe.from_options("sla").to_dict()}
+    training |= {"num_frames": [17], "sizes": [[64, 64]]}
+    path = str(tmp_path / "sla.safetensors")
+    save_file({"x": torch.zeros(1)}, path, metadata={"vidsparse": json.dumps(training)})
+    given = {"loras": (path,)}
+    for options, extra in (({"coverage": "non_selected"}, []), ({}, ["--coverage", "non_selected"])):
+        with pytest.raises(ConfigError, match="was trained with coverage 'all', not 'non_selected'"):
+            follow_adapters(given, options, extra, None)
+    with pytest.raises(ConfigError, match="with feature_map 'softmax', not 'relu'"):
+        follow_adapters(given, {}, ["--feature-map=relu"], None)
+    _, options = follow_adapters(given, {}, ["--coverage", "all", "--density", "0.2"], None)
+    assert options["feature_map"] == "softmax" and "density" not in options
+
+
 def test_generate_follows_the_adapter(
     lengthen: Any, distill: Any, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

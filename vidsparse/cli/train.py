@@ -67,6 +67,10 @@ def _changes(typed: list[str] | None, extra: list[str]) -> list[str]:
     return [*(typed or []), *extra]
 
 
+TRAINED_WITH = ("coverage", "feature_map")
+"""Method options that a trained projection holds for alone."""
+
+
 def follow_adapters(
     given: dict[str, Any], method_options: dict[str, Any], extra: list[str], config: str | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -89,8 +93,16 @@ def follow_adapters(
     specs = tuple(LoraSpec.parse(text) for text in given["loras"])
     settings, options, notes = settings_for(specs, {**from_file, **given})
     in_file = from_file.get("method_options")
-    known = {*from_file, *(in_file if isinstance(in_file, dict) else ())}
-    known |= {name.replace("-", "_") for name in split_options(extra, [])}
+    asked = {**from_file, **(in_file if isinstance(in_file, dict) else {})}
+    asked |= {name.replace("-", "_"): value for name, value in split_options(extra, []).items()}
+    for name in TRAINED_WITH:
+        want = {**asked, **method_options}.get(name)
+        if want is not None and name in options and want != options[name]:
+            raise ConfigError(
+                f"The LoRA {given['loras'][0]!r} was trained with {name} {options[name]!r}, not {want!r}; leave "
+                f"--{name.replace('_', '-')} out."
+            )
+    known = set(asked)
     options = {name: value for name, value in options.items() if name not in known}
     for note in notes:
         print(note, file=sys.stderr)
