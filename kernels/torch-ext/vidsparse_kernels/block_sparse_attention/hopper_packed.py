@@ -1,14 +1,14 @@
 """Forward kernel for Hopper GPUs over blocks of variable size: the tokens of all listed blocks packed into full tiles.
 
 A cluster of 75 keys fills half of a tile of 128, so a kernel that gives every cluster tiles of its own computes twice
-what it should. Here the producer warp writes the rows of one listed block after those of the other into a tile of
-shared memory until it is full, in pieces of 64, 16 and 8 rows, each a TMA copy. What is left of a run of blocks fills
-one piece of 8 rows in part. These last pieces come first in the list, so that only its first tiles need a mask: a
-fifth of them for clusters of 75 tokens. Before them, rows from beyond the last key, which TMA fills with zeros, make
-the list a whole number of tiles. On the side of the queries a tile belongs to one block; a warpgroup whose 64 rows lie
-past its end only lets the tiles pass.
+what it should. Here producer warps, one for each 64 dims of keys and of values, write the rows of one listed block after
+those of the other into a tile of shared memory until it is full, in pieces of 64, 16 and 8 rows, each a TMA copy. What
+is left of a run of blocks fills one piece of 8 rows in part. These last pieces come first in the list, so that only its
+first tiles need a mask: a tenth of them for clusters of 75 tokens. Before them, rows from beyond the last key, which TMA
+fills with zeros, make the list a whole number of tiles. On the side of the queries a tile belongs to one block; a
+warpgroup whose 64 rows lie past its end only lets the tiles pass.
 
-Roles, barriers and pipeline are those of `hopper.py`.
+Warpgroups, barriers and pipeline are those of `hopper.py`.
 """
 
 # In kernels every value is the compiler's, which its annotations for the host do not describe.
