@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -125,13 +126,22 @@ def test_two_processes_make_the_same_video(capfd: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_make_the_same_video(capfd: pytest.CaptureFixture[str]) -> None:
-    """`--num-gpus 2` starts the processes itself; the bundled model, sparse though that is slower at its size."""
+@pytest.mark.parametrize("way", ["num-gpus", "torchrun"])
+def test_two_gpus_make_the_same_video(way: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """The bundled model in two processes, started by the command itself or by torchrun; sparse though that is slower at
+    its size. Frames as PNGs, which need no ffmpeg."""
     words = "generate -p a-red-star-spins --frames 33 --steps 4 --warmup-steps 1 --dtype fp32 --seed 1 --min-tokens 0"
-    assert main([*words.split(), "--json", "--num-gpus", "2", "-o", "two.png"]) == OK
+    common = [*words.split(), "--json"]
+    if way == "num-gpus":
+        assert main([*common, "--num-gpus", "2", "-o", "two.png"]) == OK
+    else:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [*torchrun, "-m", "vidsparse.cli", *common, "--ulysses-degree", "2", "-o", "two.png"]
+        subprocess.run(command, check=True, timeout=150)
     two = json.loads(capfd.readouterr().out)
-    assert main([*words.split(), "--json", "-o", "one.png"]) == OK
+    assert main([*common, "-o", "one.png"]) == OK
     one = json.loads(capfd.readouterr().out)
+    assert two["settings"]["ulysses_degree"] == 2
     assert one["report"]["num_sparse_calls"] == two["report"]["num_sparse_calls"] > 0
     assert two["report"]["sparse_density"] == one["report"]["sparse_density"] < 1
     assert "triton" in json.dumps(two["report"]) and "context parallel" not in json.dumps(two["report"])
