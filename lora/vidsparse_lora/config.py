@@ -26,8 +26,8 @@ MAY_CHANGE = frozenset(
 )
 """Settings that a run may be continued with other values of: none of them changes a step."""
 
-LATER = frozenset(["expert", "rope", "rope_factor"])
-"""Settings that checkpoints of an earlier version lack: unset they mean what they meant then."""
+LATER: dict[str, Any] = {"expert": None, "rope": None, "rope_factor": None, "context_parallel": 1}
+"""Settings that checkpoints of an earlier version lack, with the values that mean what was meant then."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ class TrainConfig:
         gradient_checkpointing: compute activations again in the backward pass, to save memory.
         dtype: "float32" or "bfloat16", of the frozen weights and of the arithmetic; LoRA weights are float32 always.
         device: "auto", "cpu" or "cuda".
+        context_parallel: processes that share each sequence, for videos that outgrow one GPU (Ulysses, by diffusers);
+            it divides the model's heads and tokens and the number of processes.
         seed: everything random follows from it and from the step.
         deterministic: take torch's deterministic algorithms, so that a resumed run is the same to the bit on a GPU too;
             slower. On the CPU it is so anyway.
@@ -134,6 +136,7 @@ class TrainConfig:
     gradient_checkpointing: bool = True
     dtype: str = "bfloat16"
     device: str = "auto"
+    context_parallel: int = 1
     seed: int = 0
     deterministic: bool = False
     log_every: int = 10
@@ -154,6 +157,7 @@ class TrainConfig:
             ("max_steps", 1),
             ("batch_size", 1),
             ("gradient_accumulation", 1),
+            ("context_parallel", 1),
             ("lr_warmup_steps", 0),
             ("log_every", 1),
             ("checkpoint_every", 1),
@@ -203,7 +207,11 @@ class TrainConfig:
 
     def decisive(self) -> dict[str, Any]:
         """The settings that decide what a step does."""
-        return {k: v for k, v in self.to_dict().items() if k not in MAY_CHANGE and (k not in LATER or v is not None)}
+        return {
+            name: value
+            for name, value in self.to_dict().items()
+            if name not in MAY_CHANGE and (name not in LATER or value != LATER[name])
+        }
 
 
 @dataclass(frozen=True)

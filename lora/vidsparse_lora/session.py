@@ -30,6 +30,7 @@ from vidsparse_lora.data import (
     prompt_list,
     self_made,
 )
+from vidsparse_lora.distribution import Distribution, distribution_of, share_sequences, share_weights
 from vidsparse_lora.families import family_of
 from vidsparse_lora.files import write_bytes
 from vidsparse_lora.log import Figures, tracker_names
@@ -38,6 +39,7 @@ from vidsparse_lora.roles import STUDENT, Roles
 from vidsparse_pipelines.load import load_pipeline
 from vidsparse_pipelines.model_info import ModelInfo, inspect_model
 from vidsparse_pipelines.provenance import model_identity
+from vidsparse_pipelines.ranks import indivisible
 from vidsparse_pipelines.rope import stretch_time
 
 PARK_BYTES = 2**30
@@ -56,11 +58,15 @@ class Optimized:
         self.optimizer = _optimizer(config, self.parameters, rate)
         self.average = [p.detach().clone() for p in self.parameters] if config.ema else []
 
-    def step(self, step: int, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-        """Apply the gradients that were collected; returns their norm."""
+    def to(self, device: torch.device) -> None:
+        """Move weights and average, before the first step."""
         for parameter in self.parameters:
-            if parameter.grad is not None:
-                parameter.grad = reduce(parameter.grad)
+            parameter.data = parameter.data.to(device)
+        self.average = [average.to(device) for average in self.average]
+
+    def step(self, step: int, distribution: Distribution) -> Tensor:
+        """Apply the gradients that were collected, of all processes; returns their norm."""
+        distribution.reduce_gradients(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * rate_factor(self.config, step)
@@ -134,17 +140,6 @@ def resolve_sizes(config: TrainConfig, info: ModelInfo) -> list[tuple[int, int]]
     return sizes
 
 
-def _check_distribution(accelerator: Any) -> None:
-    """Raises ConfigError where accelerate was told to share out more than the batches."""
-    kind = str(accelerator.distributed_type.value)
-    several = accelerator.parallelism_config is not None
-    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU") or several:
-        raise ConfigError(
-            f"accelerate was set up for {'parallelism_config' if several else kind}, and training shares out batches "
-            "alone, not weights or sequences; launch with configs/accelerate/ddp.yaml, or on one GPU of more memory."
-        )
-
-
 class Session:
     """One run, on one process of possibly several.
 
@@ -181,7 +176,7 @@ class Session:
         self.accelerator = Accelerator(
             cpu=config.device == "cpu", log_with=names or None, project_dir=str(self.folder)
         )
-        _check_distribution(self.accelerator)
+        self.distribution = distribution_of(self.accelerator, config.context_parallel)
         self.device: torch.device = self.accelerator.device
         self._echo = echo or (lambda text: print(text, file=sys.stderr, flush=True))
         self._settings = {**config.decisive(), "num_processes": self.accelerator.num_processes}
@@ -189,7 +184,15 @@ class Session:
         sources = [] if is_few_step(config) else self._sources()
         prompts = prompt_list(config.data, config.num_clips, config.seed) if is_few_step(config) else []
 
-        loaded = load_pipeline(info, dtype=config.dtype, device=str(self.device), offload="none")
+        # Weights that are shared out need never be whole on a GPU, unless the model makes the clips.
+        later = self.distribution.fsdp is not None and not config.data.startswith(SELF)
+        loaded = load_pipeline(
+            info,
+            dtype=config.dtype,
+            device=str(self.device),
+            offload="none",
+            on_cpu=("transformer", "transformer_2") if later else (),
+        )
         loaded.pipe.set_progress_bar_config(disable=True)
         text_length = config.text_length or info.preset.max_sequence_length or family.default_text_length
         self.backbone = family(loaded.pipe, info, self.device, loaded.dtype, text_length, config.expert, config.fps)
@@ -327,9 +330,9 @@ class Session:
         return over
 
     def position(self, micro: int) -> int:
-        """Position of a forward among all forwards of the training, over steps and processes."""
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        return (self.step * self.config.gradient_accumulation + micro) * world + rank
+        """Position of a batch among all batches of the training, over steps and processes."""
+        groups, group = self.distribution.groups, self.distribution.group
+        return (self.step * self.config.gradient_accumulation + micro) * groups + group
 
     @property
     def captions(self) -> list[str]:
@@ -376,15 +379,8 @@ class Session:
         (loss / self.config.gradient_accumulation).backward()
 
     def update(self, role: str) -> Tensor:
-        """Apply a role's gradients, averaged over processes."""
-
-        return self.optimized[role].step(self.step, self._mean)
-
-    def _mean(self, tensor: Tensor) -> Tensor:
-        """The mean over processes."""
-        if self.accelerator.num_processes == 1:
-            return tensor
-        return self.accelerator.reduce(tensor, "mean")  # type: ignore[return-value]
+        """Apply a role's gradients, averaged over batches."""
+        return self.optimized[role].step(self.step, self.distribution)
 
     def run(self, train_step: Callable[[], dict[str, Tensor]]) -> Path:
         """Train until `max_steps` or `max_seconds`; returns the finished adapter's file."""
@@ -392,17 +388,38 @@ class Session:
         if self.config.deterministic:
             torch.use_deterministic_algorithms(True, warn_only=True)
         try:
+            self._share()
             return self._run(train_step)
+        except AssertionError as error:
+            if not indivisible(error):
+                raise
+            raise ConfigError(
+                f"`context_parallel` {self.config.context_parallel} does not divide the tokens of a video or text; choose "
+                "other `num_frames` and `sizes`, or another number."
+            ) from error
         finally:
             torch.use_deterministic_algorithms(before)
+
+    def _share(self) -> None:
+        """Give each process its share of sequences and frozen weights, once all adapters are there."""
+        transformer, shares = self.backbone.transformer, self.distribution
+        if shares.sequence > 1:
+            self.backbone.check_splits()
+        share_sequences(transformer, shares, self.device)
+        if shares.fsdp is not None:
+            for optimized in self.optimized.values():
+                optimized.to(self.device)
+            trained = [p for optimized in self.optimized.values() for p in optimized.parameters]
+            share_weights(transformer, shares, self.device, trained)
 
     def _run(self, train_step: Callable[[], dict[str, Tensor]]) -> Path:
         self.resume()
         config = self.config
         while not self.done:
             started = time.monotonic()
-            # For dropout, which draws from torch's own generator.
-            torch.manual_seed(seed_of(config.seed, "step", self.position(0)))
+            # For dropout, which draws from torch's own generator; each share of a sequence has its own.
+            place = self.distribution.place
+            torch.manual_seed(seed_of(config.seed, "step", self.position(0), *([place] if place else [])))
             figures = train_step()
             self.step += 1
             self._note(figures, started)
@@ -425,7 +442,7 @@ class Session:
         if self.step % self.config.log_every and self.step != 1:
             return
         tensors = {name: torch.stack([v.float() for v in values]).mean() for name, values in self._sums.items()}
-        means = {name: self._mean(tensor).item() for name, tensor in tensors.items()}
+        means = {name: self.distribution.mean(tensor).item() for name, tensor in tensors.items()}
         self._sums.clear()
         for name, value in means.items():
             if not math.isfinite(value):
@@ -446,7 +463,7 @@ class Session:
             self.accelerator.log({k: v for k, v in figures.items() if isinstance(v, int | float)}, step=self.step)
 
     def save(self) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint; what is trained is whole on every process."""
         if not self.accelerator.is_main_process:
             return
         tensors: dict[str, Tensor] = {}
@@ -478,13 +495,13 @@ class Session:
         return path
 
     def validate(self) -> dict[str, Any]:
-        """Make the validation videos with the averaged weights, on the first process."""
+        """Make the validation videos with the averaged weights, on the first process, or on all where each has a share."""
         from vidsparse_lora.validation import validate
 
         figures: dict[str, Any] = {}
         if self.backbone.from_image:
             self.say("no validation videos: they would need pictures")
-        elif self.accelerator.is_main_process:
+        elif self.accelerator.is_main_process or self.distribution.together:
             student = self.optimized[STUDENT]
             student.swap_average()
             self._park(on_device=True)

@@ -37,8 +37,11 @@ def held_out_specs(count: int, seed: int) -> list[ClipSpec]:
 
 
 def validate(session: Session) -> dict[str, Any]:
-    """Make and write the videos of `validation/step-N`; returns the figures, empty where nothing can be measured."""
-    config, backbone = session.config, session.backbone
+    """Make and write the videos of `validation/step-N`; returns the figures, empty where nothing can be measured.
+
+    Where each process has a share of the model all must call this, and the first one writes.
+    """
+    config, backbone, writes = session.config, session.backbone, session.accelerator.is_main_process
     specs: list[ClipSpec] = []
     prompts = list(config.validation_prompts)
     if not prompts and config.data == CLIPS:
@@ -53,10 +56,12 @@ def validate(session: Session) -> dict[str, Any]:
         part = prompts[start : start + BATCH]
         seeds = [config.validation_seed + start + i for i in range(len(part))]
         pixels = generate(session, part, seeds, max(config.num_frames), height, width)
-        for seed, clip in zip(seeds, pixels, strict=True):
+        for seed, clip in zip(seeds, pixels, strict=True) if writes else ():
             frames = (clip.permute(1, 2, 3, 0) * 255).round().to(torch.uint8).cpu().numpy()
             write_video(folder / f"seed-{seed}.mp4", list(frames), backbone.info.preset.fps)
         clips.append(pixels.cpu())
+    if not writes:
+        return {}
     figures = measure(torch.cat(clips) * 2 - 1, specs, session.device) if specs else {}
     if session.roles.handle.report().sparse_density is not None:
         figures["validation_density"] = round(session.roles.handle.report().sparse_density or 1.0, 4)

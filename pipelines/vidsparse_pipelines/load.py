@@ -114,10 +114,14 @@ def _component_bytes(pipe: Any) -> dict[str, int]:
     }
 
 
-def _place(pipe: Any, offload: str, device: torch.device) -> None:
+def _place(pipe: Any, offload: str, device: torch.device, on_cpu: tuple[str, ...] = ()) -> None:
     import torch
 
-    if offload == "model":
+    if on_cpu:
+        for name, part in pipe.components.items():
+            if isinstance(part, torch.nn.Module) and name not in on_cpu:
+                part.to(device)
+    elif offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif offload == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
@@ -152,6 +156,7 @@ def load_pipeline(
     loras: tuple[LoraSpec, ...] = (),
     flow_shift: float | None = None,
     ulysses_degree: int = 1,
+    on_cpu: tuple[str, ...] = (),
 ) -> LoadedPipeline:
     """Load a pipeline ready to generate.
 
@@ -165,6 +170,7 @@ def load_pipeline(
         loras: adapters to attach.
         flow_shift: timestep shift; None keeps the model's own.
         ulysses_degree: processes that share tokens and heads; each of them must call this.
+        on_cpu: components that are left on the CPU, for a caller that places them; the others go to the device.
 
     Raises:
         ModelLoadError, UnsupportedModelError, ConfigError: one sentence each.
@@ -181,7 +187,7 @@ def load_pipeline(
     load_loras(pipe, loras)
     free = torch.cuda.mem_get_info(resolved_device)[0] if resolved_device.type == "cuda" else None
     mode = resolve_offload(offload, resolved_device, _component_bytes(pipe), free)
-    _place(pipe, mode, resolved_device)
+    _place(pipe, mode, resolved_device, on_cpu)
     if ulysses_degree > 1:
         split_over_ranks(pipe, ulysses_degree, resolved_device)
     if vae_tiling:

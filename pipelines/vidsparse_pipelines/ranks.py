@@ -96,8 +96,6 @@ def split_over_ranks(pipe: Any, degree: int, device: torch.device) -> None:
     Raises:
         ConfigError: diffusers has no plan for this model.
     """
-    from diffusers import ContextParallelConfig  # pyright: ignore[reportPrivateImportUsage]
-
     for name in ("transformer", "transformer_2"):
         model = getattr(pipe, name, None)
         if model is None:
@@ -107,11 +105,25 @@ def split_over_ranks(pipe: Any, degree: int, device: torch.device) -> None:
                 f"diffusers cannot split {type(model).__name__} over several devices; leave --num-gpus and "
                 "--ulysses-degree out."
             )
-        config = ContextParallelConfig(ulysses_degree=degree)
-        if device.type == "cpu":
-            _enable_on_cpu(model, config, device)
-        else:
-            model.enable_parallelism(config=config)
+        split_model(model, degree, device)
+
+
+def split_model(model: Any, degree: int, device: torch.device, mesh: Any = None) -> None:
+    """Let one transformer, for which diffusers has a plan, share its tokens and heads among `degree` processes.
+
+    Args:
+        model: the transformer.
+        degree: number of processes that share a sequence.
+        device: of this process.
+        mesh: device mesh with the dimensions "ring" and "ulysses"; default all processes.
+    """
+    from diffusers import ContextParallelConfig  # pyright: ignore[reportPrivateImportUsage]
+
+    config = ContextParallelConfig(ulysses_degree=degree, mesh=mesh)
+    if device.type == "cpu":
+        _enable_on_cpu(model, config, device)
+    else:
+        model.enable_parallelism(config=config)
 
 
 def _enable_on_cpu(model: Any, config: Any, device: torch.device) -> None:
@@ -121,7 +133,7 @@ def _enable_on_cpu(model: Any, config: Any, device: torch.device) -> None:
     from diffusers.hooks.context_parallel import apply_context_parallel
     from torch.distributed.device_mesh import init_device_mesh
 
-    mesh = init_device_mesh("cpu", config.mesh_shape, mesh_dim_names=config.mesh_dim_names)
+    mesh = config.mesh or init_device_mesh("cpu", config.mesh_shape, mesh_dim_names=config.mesh_dim_names)
     whole = ParallelConfig(context_parallel_config=config)
     whole.setup(dist.get_rank(), dist.get_world_size(), device, mesh=mesh)
     for module in model.modules():

@@ -1,4 +1,7 @@
-"""Two processes train as one does that sees both their batches: the same losses, the same adapter."""
+"""Two processes train as one does that sees both their batches, whatever they share out: batches, weights, sequences.
+
+Run as a script this file is one of the two processes: `python test_lora_processes.py FILE.json`, one run after another.
+"""
 
 from __future__ import annotations
 
@@ -12,69 +15,151 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
-from vidsparse.errors import ConfigError
+from vidsparse.errors import ConfigError, VidsparseError
 from vidsparse_lora import length_extension
 from vidsparse_lora.config import LengthExtensionConfig, from_dict
+from vidsparse_lora.distribution import distribution_of
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
 ACCELERATE = ROOT / "lora/vidsparse_lora/configs/accelerate"
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
 
 
-def test_two_processes_are_one_with_both_batches(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Gloo on a CPU; the one process collects two forwards for each step."""
-    settings |= {"batch_size": 1, "caption_dropout": 0.5, "method_options": {"density": 0.5, "block_size": 16}}
-    one, two = tmp_path / "one", tmp_path / "two"
-    config = {**settings, "gradient_accumulation": 2, "output_dir": str(one)}
-    length_extension.train(from_dict(LengthExtensionConfig, config), lambda _: None)
-    path = tmp_path / "two.yaml"
-    path.write_text(yaml.safe_dump({**settings, "output_dir": str(two)}))
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "pytorch_lora_weights.safetensors")
+
+
+def train(settings: dict[str, Any]) -> None:
+    length_extension.train(from_dict(LengthExtensionConfig, settings), lambda _: None)
+
+
+def two_processes(runs: list[dict[str, Any]], folder: Path) -> list[str]:
+    """Runs one after another in the same two processes; each `{"settings": …, "fsdp": bool}`. What each said, if refused."""
+    (folder / "runs.json").write_text(json.dumps(runs))
     paths = os.pathsep.join(str(ROOT / p) for p in (".", "kernels/torch-ext", "pipelines", "lora"))
-    script = str(ROOT / "lora/vidsparse_lora/length_extension.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    environment = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
-        [*launch, "--config", str(path)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        [*launch, str(folder / "runs.json")],
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    expected, found = losses(one), losses(two)
-    assert len(found) == len(expected) == settings["max_steps"]
-    assert all(abs(a - b) < 1e-5 * b for a, b in zip(found, expected, strict=True)), (found, expected)
-    whole, shared = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (one, two))
-    assert whole.keys() == shared.keys()
-    assert all(torch.allclose(whole[k], shared[k], rtol=1e-3, atol=1e-4) for k in whole)
+    return json.loads((folder / "said.json").read_text())
+
+
+def main(file: Path) -> None:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    Accelerator.end_training = lambda _: None  # The next run goes on with the same group of processes.
+    said = []
+    for run in json.loads(file.read_text()):
+        for name, value in FSDP2.items():
+            os.environ.pop(name, None)
+            if run.get("fsdp"):
+                os.environ[name] = value
+        AcceleratorState._reset_state()
+        try:
+            train(run["settings"])
+            said.append("")
+        except VidsparseError as error:
+            said.append(str(error))
+    if os.environ["RANK"] == "0":
+        (file.parent / "said.json").write_text(json.dumps(said))
+
+
+@pytest.fixture
+def shared(settings: dict[str, Any]) -> dict[str, Any]:
+    """Sparse and dense layers, a teacher, checkpointed blocks, an average; a batch of one."""
+    return settings | {
+        "batch_size": 1,
+        "caption_dropout": 0.5,
+        "method_options": {"density": 0.5, "block_size": 16, "dense_layers": 1},
+        "teacher_weight": 0.5,
+        "teacher_frames": 9,
+        "ema": 0.8,
+        "validation_prompts": ["a red circle moves"],
+        "validation_steps": 2,
+    }
+
+
+def test_two_processes_are_one_with_both_batches(shared: dict[str, Any], tmp_path: Path) -> None:
+    """Gloo on a CPU; one process collects four forwards a step, or two have two of them each, or half of all four."""
+
+    def run(name: str, fsdp: bool = False, **changes: Any) -> dict[str, Any]:
+        return {"settings": {**shared, "output_dir": str(tmp_path / name), **changes}, "fsdp": fsdp}
+
+    train(run("one", gradient_accumulation=4)["settings"])
+    said = two_processes(
+        [
+            run("ddp", gradient_accumulation=2),
+            run("fsdp", gradient_accumulation=2, max_steps=3, fsdp=True),
+            run("fsdp", gradient_accumulation=2, validate_every=0, fsdp=True),
+            run("sequences", gradient_accumulation=4, validate_every=0, context_parallel=2),
+            run("both", gradient_accumulation=4, context_parallel=2, fsdp=True),
+            run("odd", sizes=["48x48"], context_parallel=2),
+        ],
+        tmp_path,
+    )
+    assert said[:-1] == [""] * 5 and "`context_parallel` 2 does not divide the tokens" in said[-1], said
+    expected, whole = losses(tmp_path / "one"), adapter(tmp_path / "one")
+    for name in ("ddp", "fsdp", "sequences", "both"):
+        found = losses(tmp_path / name)
+        assert len(found) == len(expected) == shared["max_steps"]
+        assert all(abs(a - b) < 1e-5 * b for a, b in zip(found, expected, strict=True)), (name, found, expected)
+        weights = adapter(tmp_path / name)
+        assert whole.keys() == weights.keys()
+        assert all(torch.allclose(whole[k], weights[k], rtol=1e-3, atol=1e-4) for k in whole), name
+    # Weights shared out and the run resumed: the arithmetic is that of whole weights in one go.
+    ddp, fsdp = adapter(tmp_path / "ddp"), adapter(tmp_path / "fsdp")
+    assert all(torch.equal(ddp[k], fsdp[k]) for k in ddp)
+    for name in ("fsdp", "sequences"):
+        assert (tmp_path / name / "validation/step-000006/seed-0.mp4").stat().st_size > 0
     # One process with one batch a step goes another way, so that the test above could fail.
-    alone = {**settings, "output_dir": str(tmp_path / "alone")}
-    length_extension.train(from_dict(LengthExtensionConfig, alone), lambda _: None)
+    train(run("alone")["settings"])
     assert abs(losses(tmp_path / "alone")[-1] - expected[-1]) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
-def test_sharded_weights_are_refused(kind: str) -> None:
+def accelerator(kind: str, **changes: Any) -> Any:
     from accelerate.utils import DistributedType
 
-    from vidsparse_lora.session import _check_distribution
-
-    with pytest.raises(ConfigError, match=f"set up for {kind}, and training shares out batches alone"):
-        _check_distribution(SimpleNamespace(distributed_type=DistributedType[kind], parallelism_config=None))
-    with pytest.raises(ConfigError, match="set up for parallelism_config"):
-        _check_distribution(SimpleNamespace(distributed_type=DistributedType.MULTI_GPU, parallelism_config=object()))
-    _check_distribution(SimpleNamespace(distributed_type=DistributedType.MULTI_GPU, parallelism_config=None))
+    settings = {"num_processes": 2, "process_index": 1, "parallelism_config": None, "state": SimpleNamespace()}
+    return SimpleNamespace(distributed_type=DistributedType[kind], **{**settings, **changes})
 
 
-def test_accelerate_takes_the_shipped_config() -> None:
+def test_what_cannot_be_shared_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="set up for DEEPSPEED, which wraps model and optimizer as one"):
+        distribution_of(accelerator("DEEPSPEED"), 1)
+    with pytest.raises(ConfigError, match="parallelism_config, whose context parallelism .* set `context_parallel`"):
+        distribution_of(accelerator("MULTI_GPU", parallelism_config=object()), 1)
+    with pytest.raises(ConfigError, match="`context_parallel` 3 does not divide the 2 processes"):
+        distribution_of(accelerator("MULTI_GPU"), 3)
+    found = distribution_of(accelerator("MULTI_GPU", num_processes=8, process_index=5), 4)
+    assert (found.groups, found.group, found.place, found.fsdp) == (2, 1, 1, None)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    plugin = SimpleNamespace(fsdp_version=1)
+    with pytest.raises(ConfigError, match="FSDP version 1.*set `fsdp_version: 2`"):
+        distribution_of(accelerator("FSDP", state=SimpleNamespace(fsdp_plugin=plugin)), 1)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP")])
+def test_accelerate_takes_the_shipped_configs(name: str, kind: str) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
-    config = load_config_from_file(str(ACCELERATE / "ddp.yaml"))
-    assert config.distributed_type.value == "MULTI_GPU" and config.mixed_precision == "no"
+    config = load_config_from_file(str(ACCELERATE / f"{name}.yaml"))
+    assert config.distributed_type.value == kind and config.mixed_precision == "no"
+    assert kind != "FSDP" or config.fsdp_config["fsdp_version"] == 2
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

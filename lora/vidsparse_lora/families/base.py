@@ -35,6 +35,8 @@ class Backbone:
     targets: ClassVar[str] = r"transformer_blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)"
     default_text_length: ClassVar[int] = 512
     from_image: ClassVar[bool] = False
+    no_split: ClassVar[str | None] = "diffusers has no plan to split its sequences"
+    """Why sequences cannot be shared among processes, None where they can."""
 
     pipe: Any
     info: ModelInfo
@@ -58,6 +60,13 @@ class Backbone:
 
     def check(self) -> None:
         """Raises UnsupportedModelError for a model of the family that cannot be trained."""
+
+    def check_splits(self) -> None:
+        """Raises ConfigError where sequences cannot be shared among processes."""
+        if self.no_split is not None:
+            raise ConfigError(
+                f"`context_parallel` cannot be used with {self.info.pipeline_class}: {self.no_split}; leave it out."
+            )
 
     @property
     def transformer(self) -> Any:

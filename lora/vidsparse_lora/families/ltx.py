@@ -17,6 +17,9 @@ class LTXBackbone(Backbone):
 
     pipelines: ClassVar[tuple[str, ...]] = ("LTXPipeline",)
     default_text_length: ClassVar[int] = 128
+    no_split: ClassVar[str | None] = (
+        "it hides the padding of its text by a mask, which diffusers' Ulysses does not take"
+    )
 
     @property
     def flow_shift(self) -> float:

@@ -16,6 +16,7 @@ class WanBackbone(Backbone):
     """Text-to-video."""
 
     pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline",)
+    no_split: ClassVar[str | None] = None
     targets: ClassVar[str] = r"blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)"
 
     def normalised(self, latents: Tensor) -> Tensor:
