@@ -21,10 +21,12 @@ class LinearBranch:
     Attributes:
         feature_map: "softmax", "elu" or "relu".
         coverage: "all" keys, or the "non_selected" ones.
+        backend: of `vidsparse_kernels.linear_branch`.
     """
 
     feature_map: str
     coverage: str
+    backend: str = "auto"
     needs_lse: bool = False
 
     def correct(
@@ -48,6 +50,11 @@ class LinearBranch:
             seen = (key_bias > -torch.inf).transpose(1, 2)[..., None]
             key, value = key.masked_fill(~seen, 0), value.masked_fill(~seen, 0)
         mask = selection.block_mask if self.coverage == "non_selected" else None
-        branch = linear_branch(query, key, value, mask, feature_map=self.feature_map, coverage=self.coverage)
-        weight = context.projection.weight
-        return out + torch.nn.functional.linear(branch.to(weight.dtype), weight).to(out.dtype)
+        branch = linear_branch(
+            query, key, value, mask, feature_map=self.feature_map, coverage=self.coverage, backend=self.backend
+        )
+        # A weight in fp32 is rounded to half precision where the attention is, as in the public code under autocast.
+        weight, bias = context.projection.weight.to(branch.dtype), context.projection.bias
+        if bias is not None:
+            bias = bias.to(branch.dtype)
+        return out + torch.nn.functional.linear(branch, weight, bias)
