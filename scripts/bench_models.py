@@ -8,7 +8,8 @@ such blocks), so the memory is that of a small model and the time that of the re
 gives it. Each variant runs eager and with its blocks compiled one by one (what `compile_repeated_blocks` does), so
 compiled is to be compared with compiled. A row counts everything inside a block; making the mask of a static method is
 timed apart (`mask_s`), and `video_speedup` counts it once in 50 steps of two guidance branches. Dense steps and layers
-are off: a row says what one sparse step costs. What would not end within `--seconds` is left out, and said.
+are off: a row says what one sparse step costs. What would not end within `--seconds` is left out, and said; a forward of
+more than `--forward-seconds` is measured with a half, a quarter or an eighth of the blocks (`part_forward`).
 
     torchrun --nproc-per-node 2 scripts/bench_models.py --cases wan-14b-720p81 --output two.json
 
@@ -171,6 +172,9 @@ CASES: dict[str, Case] = {
 }
 
 
+PARTS = (1, 2, 4, 8)
+"""A forward too long for `--forward-seconds` is measured with this part of the blocks."""
+
 FORWARDS = 100
 """Of a generation with 50 steps and two guidance branches."""
 
@@ -189,7 +193,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--modes", default="eager,compiled", help="eager, compiled or both")
     parser.add_argument("--backend", default="inductor", help="backend of torch.compile")
     parser.add_argument("--device", default="cuda", help="only the case tiny is for a CPU")
-    parser.add_argument("--forward-seconds", type=float, default=13.0, help="no whole forward that would take longer")
+    parser.add_argument("--forward-seconds", type=float, default=13.0, help="longer forwards in part")
     parser.add_argument("--seconds", type=float, default=500.0, help="end within this time")
     arguments = parser.parse_args(given)
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -260,6 +264,9 @@ def run_case(name: str, case: Case, arguments: argparse.Namespace, deadline: flo
     variants: list[tuple[str, tuple[str, dict[str, Any]] | None]] = [("stock", None), ("density 0.2", case.sparse)]
     if case.published is not None:
         variants.append(("published", case.published))
+    if case.sparse == IMAGE:
+        # What a user gets who leaves `min_tokens` alone: dense, where selecting does not pay.
+        variants.append(("min_tokens as by default", (IMAGE[0], {**IMAGE[1], "min_tokens": None})))
     clock = Clock(torch.device(arguments.device))
     model, inputs, mask_seconds = None, None, {}
     # Seconds of all blocks by number of GPUs and mode, and of the blocks as measured first.
@@ -282,7 +289,7 @@ def run_case(name: str, case: Case, arguments: argparse.Namespace, deadline: flo
             handle = None
             try:
                 if method is not None:
-                    handle = vidsparse.apply(model, Recipe.from_options(method[0], **method[1], **TIMED))
+                    handle = vidsparse.apply(model, Recipe.from_options(method[0], **{**TIMED, **method[1]}))
                     if agreed(label not in mask_seconds):
                         mask_seconds[label] = seconds_of_mask(model, inputs, handle, clock)
                 before = time.perf_counter()
@@ -296,10 +303,12 @@ def run_case(name: str, case: Case, arguments: argparse.Namespace, deadline: flo
                 blocks = block_times(model, inputs, case, clock)
                 total = sum(case.repeats[key] * value for key, value in blocks.items()) / 1000
                 # On several GPUs the first block is where diffusers splits the tokens, so it cannot stand for the others.
-                in_time = gpus == 1 and agreed(
-                    total < arguments.forward_seconds and time.monotonic() + total < deadline
-                )
-                forward = whole_forward(model, case, inputs, clock) if in_time else None
+                part = next((n for n in PARTS if total / n < arguments.forward_seconds), None) if gpus == 1 else None
+                forward = None
+                if agreed(part is not None and time.monotonic() + total / (part or 1) < deadline):
+                    counts = {key: max(1, count // (part or 1)) for key, count in case.repeats.items()}
+                    forward = whole_forward(model, counts, inputs, clock, compiled, short=total < 1)
+                    expected = sum(counts[key] * value for key, value in blocks.items()) / 1000
             except Exception as error:
                 yield row | {"error": f"{type(error).__name__}: {error}".split("\n")[0][:300]}
                 continue
@@ -320,7 +329,13 @@ def run_case(name: str, case: Case, arguments: argparse.Namespace, deadline: flo
                 "backend": "default" if report is None else "+".join(sorted({r.backend for r in report.rows})),
                 "block_ms": {key: round(value, 2) for key, value in blocks.items()},
                 "all_blocks_s": round(total, 3),
-                "forward_s": None if forward is None else round(forward, 3),
+                "forward_s": None if forward is None or part != 1 else round(forward, 3),
+                **({} if forward is None else {"forward_over_blocks": round(forward / expected, 3)}),
+                **(
+                    {}
+                    if forward is None or part == 1
+                    else {"part_forward": {"blocks": counts, "s": round(forward, 3)}}
+                ),
                 "speedup_over_stock": against and round(against / total, 2),
                 "video_speedup": against and round(FORWARDS * against / (FORWARDS * total + mask), 2),
                 "mask_s": round(mask, 2),
@@ -409,15 +424,20 @@ def timed_blocks(model: Any, case: Case, clock: Clock) -> Iterator[dict[str, lis
             getattr(model, key)[0]._compiled_call_impl = compiled
 
 
-def whole_forward(model: Any, case: Case, inputs: Any, clock: Clock) -> float:
-    """Seconds of a forward with as many blocks as the real model has, all of them the same module."""
-    saved = {key: getattr(model, key) for key in case.repeats}
-    for key, count in case.repeats.items():
-        setattr(model, key, torch.nn.ModuleList([saved[key][0]] * count))
+def whole_forward(model: Any, counts: dict[str, int], inputs: Any, clock: Clock, compiled: bool, short: bool) -> float:
+    """Seconds of a forward with so many blocks of each kind, all of them the same module."""
+    saved = {key: getattr(model, key) for key in counts}
+
+    def forward(counts: dict[str, int]) -> float:
+        for key, count in counts.items():
+            setattr(model, key, torch.nn.ModuleList([saved[key][0]] * count))
+        return one_forward(model, inputs, clock)
+
     try:
-        seconds = one_forward(model, inputs, clock)
-        # A block may be compiled once more for its own output as input, and short forwards vary.
-        return min(one_forward(model, inputs, clock) for _ in range(3)) if agreed(seconds < 4) else seconds
+        if compiled:
+            # A block may be compiled once more for its own output as input.
+            forward(dict.fromkeys(counts, 2))
+        return min(forward(counts) for _ in range(4 if short else 1))
     finally:
         for key, blocks in saved.items():
             setattr(model, key, blocks)
