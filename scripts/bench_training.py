@@ -1,14 +1,15 @@
 """Time and memory of one LoRA training step at Wan's true shapes, sparse beside dense, with random weights.
 
     python scripts/bench_training.py --output training.json
-    python scripts/bench_training.py --cases tiny --device cpu
+    python scripts/bench_training.py --cases tiny,tiny:sparse:offloaded --device cpu
 
 A step is what `vidsparse train length-extension` does: forward under autocast, flow-matching loss, backward with
-gradient checkpointing, AdamW; LoRA of rank 64 on q, k, v and out of the self-attention, batch 1. Blocks are alike, and a
+gradient checkpointing, AdamW; LoRA of rank 32 on q, k, v and out of the self-attention, batch 1. Blocks are alike, and a
 model holds one input per checkpointed block, so time and memory grow by the same amount with each: a model of one block
 and one of two are measured, `block_*` is their difference, and `model_*` is one block plus as many differences as the
-real model has blocks beyond it. The case `wan-1.3b-whole` measures all 30 blocks, to check that. Text encoder and VAE
-are not on the GPU in training and not counted; no running average. The first step at each shape builds the mask and
+real model has blocks beyond it. The cases `…-whole` measure all blocks, to check that. Text encoder and VAE are not on
+the GPU in training and not counted; no running average. `offloaded`: what is kept for each block waits in the CPU's
+memory (`offload_activations`); `plain`: no gradient checkpointing. The first step at each shape builds the mask and
 compiles kernels and is not counted, except for dense steps of more than `--long` seconds (expected from the shape),
 which are timed at once. What would not end within `--seconds` is left out, and said.
 """
@@ -32,6 +33,7 @@ from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
 
+from vidsparse_lora.checkpointing import OffloadedCheckpoint  # noqa: E402
 from vidsparse_lora.config import TrainConfig  # noqa: E402
 from vidsparse_lora.objective import add_noise, flow_loss  # noqa: E402
 from vidsparse_lora.roles import STUDENT, Roles  # noqa: E402
@@ -70,8 +72,8 @@ def small(frames: int, **changes: Any) -> Shape:
     return Shape(12, 8960, 30, frames, **changes)
 
 
-def large(frames: int) -> Shape:
-    return Shape(40, 13824, 40, frames)
+def large(frames: int, **changes: Any) -> Shape:
+    return Shape(40, 13824, 40, frames, **changes)
 
 
 TINY = "tiny"
@@ -82,45 +84,55 @@ CASES = {
     "wan-14b-81": large(21),
     "wan-1.3b-161": small(41),
     "wan-14b-161": large(41),
-    "wan-1.3b-whole": small(21, counts=(30,)),
+    "wan-1.3b-81-whole": small(21, counts=(30,)),
+    "wan-1.3b-321-whole": small(81, counts=(30,)),
+    "wan-14b-81-whole": large(21, counts=(40,)),
+    "wan-14b-321-whole": large(81, counts=(40,)),
     TINY: Shape(2, 64, 3, 5, 16, 20),
 }
 ORDER = (
-    "wan-1.3b-81:sparse wan-1.3b-81:dense wan-1.3b-321:sparse wan-1.3b-321:dense wan-14b-321:sparse wan-14b-81:sparse "
-    "wan-14b-81:dense wan-14b-321:dense wan-1.3b-whole:sparse wan-14b-161:sparse wan-1.3b-161:sparse "
-    "wan-1.3b-161:dense wan-14b-161:dense"
+    "wan-14b-321:sparse wan-14b-321:dense wan-1.3b-321:sparse wan-1.3b-321:dense wan-14b-81:sparse wan-14b-81:dense "
+    "wan-1.3b-81:sparse wan-1.3b-81:dense wan-14b-321:sparse:offloaded wan-1.3b-321:sparse:offloaded "
+    "wan-1.3b-81:sparse:plain wan-14b-81:sparse:plain wan-14b-81-whole:sparse wan-1.3b-321-whole:sparse "
+    "wan-14b-321-whole:sparse:offloaded wan-1.3b-81-whole:sparse"
 ).split()
+MODES = ("checkpointed", "offloaded", "plain")
 """Most important first."""
 
 
-def build(shape: Shape, count: int, device: torch.device) -> Any:
+def build(shape: Shape, count: int, device: torch.device, mode: str = MODES[0]) -> Any:
     """The model with random weights in bf16, but for what diffusers keeps in fp32."""
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
     torch.manual_seed(0)
-    with device:
-        model = WanTransformer3DModel(
-            num_attention_heads=shape.heads,
-            attention_head_dim=128 if shape.heads > 2 else 16,
-            ffn_dim=shape.ffn,
-            num_layers=count,
-        )
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with device:
+            model = WanTransformer3DModel(
+                num_attention_heads=shape.heads,
+                attention_head_dim=128 if shape.heads > 2 else 16,
+                ffn_dim=shape.ffn,
+                num_layers=count,
+            )
+    finally:
+        torch.set_default_dtype(torch.float32)
     kept = tuple(model._keep_in_fp32_modules or ())
     for path, parameter in model.named_parameters():
+        if any(name in path for name in kept):
+            parameter.data = parameter.data.float()
         parameter.data.normal_(std=0.02)
-        if not any(name in path for name in kept):
-            parameter.data = parameter.data.to(torch.bfloat16)
-    model.enable_gradient_checkpointing()
+    if mode != "plain":
+        model.enable_gradient_checkpointing(OffloadedCheckpoint() if mode == "offloaded" else None)
     return model.train()
 
 
 def make_step(
-    shape: Shape, count: int, sparse: bool, device: torch.device, rank: int
+    shape: Shape, count: int, sparse: bool, device: torch.device, rank: int, mode: str = MODES[0]
 ) -> tuple[Callable[[], None], Roles]:
     """One optimizer step as a function, its optimizer's state already there."""
     block = {"block_size": 16} if shape.heads == 2 else {}
     options = {"dense_layers": 0, "min_tokens": 0}
-    model = build(shape, count, device)
+    model = build(shape, count, device, mode)
     roles = Roles(model, "radial" if sparse else "dense", {**RADIAL, **block, **options} if sparse else {})
     roles.add_adapter(STUDENT, rank=rank, alpha=rank, targets=TrainConfig.targets, dropout=0.0, seed=0)
     roles.student()
@@ -164,11 +176,11 @@ def timed(step: Callable[[], None], device: torch.device) -> tuple[float, float]
     return time.perf_counter() - before, torch.cuda.max_memory_allocated() / GIB
 
 
-def measure(shape: Shape, sparse: bool, device: torch.device, rank: int, cold: bool) -> dict[str, Any]:
+def measure(shape: Shape, sparse: bool, device: torch.device, rank: int, cold: bool, mode: str) -> dict[str, Any]:
     """Rows of one shape; `cold`: no step before the one that is timed."""
     seconds, peaks, density = [], [], 1.0
     for count in shape.counts:
-        step, roles = make_step(shape, count, sparse, device, rank)
+        step, roles = make_step(shape, count, sparse, device, rank, mode)
         if not cold:
             step()
         each = [timed(step, device)]
@@ -202,9 +214,14 @@ def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument(
-        "--cases", default=",".join(ORDER), help="CASE or CASE:sparse or CASE:dense, of " + ", ".join(CASES)
+        "--cases",
+        default=",".join(ORDER),
+        help="CASE, CASE:sparse, CASE:dense or CASE:sparse:MODE; CASE of "
+        + ", ".join(CASES)
+        + "; MODE of "
+        + ", ".join(MODES),
     )
-    parser.add_argument("--rank", type=int, default=64, help="of the LoRA")
+    parser.add_argument("--rank", type=int, default=32, help="of the LoRA")
     parser.add_argument("--device", default="cuda", help="only the case tiny is for a CPU")
     parser.add_argument("--seconds", type=float, default=500.0, help="end within this time, imports included")
     parser.add_argument(
@@ -226,12 +243,12 @@ def main(given: list[str] | None = None) -> int:
         "rows": [],
     }
     wanted = [
-        (name, way)
+        (name, way, mode or MODES[0])
         for entry in arguments.cases.split(",")
-        for name, _, only in [entry.partition(":")]
+        for name, only, mode in [(entry.split(":") + ["", ""])[:3]]
         for way in ([only] if only else ["sparse", "dense"])
     ]
-    for name, way in wanted:
+    for name, way, mode in wanted:
         shape, sparse = CASES[name], way == "sparse"
         # One dense block: attention (4 n^2 d in the forward, computed twice, and 2.5 times in the backward), linear layers.
         wide = 128 * shape.heads
@@ -239,15 +256,16 @@ def main(given: list[str] | None = None) -> int:
             6 * wide + 2 * shape.ffn
         )
         expected = 1.2 * flops / 6e14 * sum(shape.counts)
-        cold = not sparse and expected > arguments.long
-        needed = expected * (1 if cold else 2) + 1.0
+        whole = len(shape.counts) == 1
+        cold = expected > (10 if whole else arguments.long) and (whole or not sparse)
+        needed = expected * (1 if cold else 2) + (5.0 if whole else 1.0)
         passed = time.monotonic() - STARTED
         if device.type == "cuda" and passed + needed > arguments.seconds:
-            print(f"{name}, {way}: not started at {passed:.1f} s, it would not end in time", flush=True)
+            print(f"{name}, {way}, {mode}: not started at {passed:.1f} s, it would not end in time", flush=True)
             continue
-        row: dict[str, Any] = {"case": name, "attention": way}
+        row: dict[str, Any] = {"case": name, "attention": way, "mode": mode}
         try:
-            row |= measure(shape, sparse, device, arguments.rank, cold)
+            row |= measure(shape, sparse, device, arguments.rank, cold, mode)
         except torch.OutOfMemoryError as error:
             row["error"] = str(error).split("\n")[0][:200]
         row["ended_at_s"] = round(time.monotonic() - STARTED, 1)

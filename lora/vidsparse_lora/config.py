@@ -26,7 +26,13 @@ MAY_CHANGE = frozenset(
 )
 """Settings that a run may be continued with other values of: none of them changes a step."""
 
-LATER: dict[str, Any] = {"expert": None, "rope": None, "rope_factor": None, "context_parallel": 1}
+LATER: dict[str, Any] = {
+    "expert": None,
+    "rope": None,
+    "rope_factor": None,
+    "context_parallel": 1,
+    "offload_activations": False,
+}
 """Settings that checkpoints of an earlier version lack, with the values that mean what was meant then."""
 
 
@@ -76,6 +82,7 @@ class TrainConfig:
         max_grad_norm: gradients are clipped to this norm.
         ema: decay of the running average of the weights, which is what gets saved; 0 for none.
         gradient_checkpointing: compute activations again in the backward pass, to save memory.
+        offload_activations: keep what `gradient_checkpointing` keeps, one input for each block, in the CPU's memory.
         dtype: "float32" or "bfloat16", of the frozen weights and of the arithmetic; LoRA weights are float32 always.
         device: "auto", "cpu" or "cuda".
         context_parallel: processes that share each sequence, for videos that outgrow one GPU (Ulysses, by diffusers);
@@ -134,6 +141,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     ema: float = 0.0
     gradient_checkpointing: bool = True
+    offload_activations: bool = False
     dtype: str = "bfloat16"
     device: str = "auto"
     context_parallel: int = 1
@@ -185,6 +193,8 @@ class TrainConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        if self.offload_activations and not self.gradient_checkpointing:
+            raise ConfigError("`offload_activations` moves what `gradient_checkpointing` keeps; set that to true too.")
         if self.expert not in (None, "high", "low"):
             raise ConfigError(f"`expert` must be 'high' or 'low', got {self.expert!r}.")
         if not self.num_frames or any(n < 1 for n in self.num_frames):

@@ -18,6 +18,7 @@ from vidsparse.errors import ConfigError
 from vidsparse.methods import processor_class
 from vidsparse_lora.adapter import FILE_NAME, save_adapter, start_from
 from vidsparse_lora.checkpoint import Checkpoint, last_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
+from vidsparse_lora.checkpointing import OffloadedCheckpoint
 from vidsparse_lora.config import CLIPS, LengthExtensionConfig, TrainConfig, few_steps, is_few_step
 from vidsparse_lora.data import (
     SELF,
@@ -31,13 +32,13 @@ from vidsparse_lora.data import (
     self_made,
 )
 from vidsparse_lora.distribution import Distribution, distribution_of, share_sequences, share_weights
-from vidsparse_lora.families import family_of
+from vidsparse_lora.families import family_of, inspect_trainable
 from vidsparse_lora.files import write_bytes
 from vidsparse_lora.log import Figures, tracker_names
 from vidsparse_lora.objective import seed_of
 from vidsparse_lora.roles import STUDENT, Roles
 from vidsparse_pipelines.load import load_pipeline
-from vidsparse_pipelines.model_info import ModelInfo, inspect_model
+from vidsparse_pipelines.model_info import ModelInfo
 from vidsparse_pipelines.provenance import model_identity
 from vidsparse_pipelines.ranks import indivisible
 from vidsparse_pipelines.rope import stretch_time
@@ -160,16 +161,18 @@ class Session:
         processor_class(config.method)(**config.student_options)
         names: list[Any]
         names, where = tracker_names(config.trackers)
-        info = inspect_model(config.model)
+        info = inspect_trainable(config.model)
         family = family_of(info)
         if is_few_step(config) and config.expert is not None:
             raise ConfigError("`stage` few-step makes whole videos, which takes both experts; use sparsify.")
-        if is_few_step(config) and (family.from_image or family.objective != "flow matching"):
-            why = "needs pictures" if family.from_image else f"is trained by {family.objective}"
+        if is_few_step(config) and (family.from_image or family.images or family.objective != "flow matching"):
+            makes = "needs pictures" if family.from_image else "makes images" if family.images else None
             raise ConfigError(
-                f"`stage` few-step takes prompts alone and a model of flow matching, and {info.name!r} {why}; "
-                "use sparsify."
+                f"`stage` few-step makes videos from prompts alone with a model of flow matching, and {info.name!r} "
+                f"{makes or f'is trained by {family.objective}'}; use sparsify."
             )
+        if family.images and config.num_frames != (1,):
+            raise ConfigError(f"{info.name!r} makes images; set `num_frames` to 1, got {list(config.num_frames)}.")
         if family.from_image and config.data.startswith(SELF):
             raise ConfigError(f"`data` 'self:' makes clips from prompts alone, and {info.name!r} needs pictures.")
         self.sizes = resolve_sizes(config, info)
@@ -218,7 +221,8 @@ class Session:
         if config.init_lora is not None:
             start_from(config.init_lora, list(zip(*self._named(STUDENT), strict=True)))
         if config.gradient_checkpointing:
-            self.backbone.transformer.enable_gradient_checkpointing()
+            how = OffloadedCheckpoint() if config.offload_activations else None
+            self.backbone.transformer.enable_gradient_checkpointing(how)
         self.backbone.transformer.train()
         self.step, self.seconds = 0, 0.0
         self._checkpoint = checkpoint
@@ -366,7 +370,8 @@ class Session:
         batch = self.batches[self.position(micro)]
         rng = random.Random(seed_of(self.config.seed, "caption", self.position(micro)))
         texts = [self.empty_text if rng.random() < self.config.caption_dropout else text for text in batch.texts]
-        return batch, *self.backbone.split(batch.latents.to(self.device), self.backbone.pad_text(texts))
+        image = None if batch.images is None else batch.images.to(self.device)
+        return batch, *self.backbone.split(batch.latents.to(self.device), self.backbone.pad_text(texts), image)
 
     def generator(self, purpose: str, micro: int, device: str | torch.device = "cpu") -> torch.Generator:
         """A random generator for one purpose of one forward."""

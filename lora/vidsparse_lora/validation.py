@@ -8,6 +8,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vidsparse_lora.config import CLIPS, few_steps
@@ -58,7 +59,11 @@ def validate(session: Session) -> dict[str, Any]:
         pixels = generate(session, part, seeds, max(config.num_frames), height, width)
         for seed, clip in zip(seeds, pixels, strict=True) if writes else ():
             frames = (clip.permute(1, 2, 3, 0) * 255).round().to(torch.uint8).cpu().numpy()
-            write_video(folder / f"seed-{seed}.mp4", list(frames), backbone.info.preset.fps)
+            if backbone.images:
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(frames[0]).save(folder / f"seed-{seed}.png")
+            else:
+                write_video(folder / f"seed-{seed}.mp4", list(frames), backbone.info.preset.fps)
         clips.append(pixels.cpu())
     if not writes:
         return {}
@@ -77,19 +82,22 @@ def generate(
     few = few_steps(config)
     guidance = config.validation_guidance or (1.0 if few else preset.guidance_scale)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    length = {} if session.backbone.images else {"num_frames": num_frames}
     with torch.no_grad():
         output = pipe(
             prompt=list(prompts),
             height=height,
             width=width,
-            num_frames=num_frames,
+            **length,
             num_inference_steps=config.validation_steps or few or preset.num_inference_steps,
             guidance_scale=guidance,
             generator=generators,
             max_sequence_length=session.backbone.text_length,
             output_type="pt",
-        ).frames
-    return output.float().transpose(1, 2)
+        )
+    if session.backbone.images:
+        return output.images.float()[:, :, None]
+    return output.frames.float().transpose(1, 2)
 
 
 def measure(clips: Tensor, specs: Sequence[ClipSpec], device: torch.device) -> dict[str, Any]:

@@ -34,6 +34,9 @@ class FakeEncoder:
     def encode_text(self, captions: Any) -> list[Tensor]:
         return [torch.full((len(c.split()), 2), float(len(c))) for c in captions]
 
+    def encode_first_frame(self, clips: Tensor) -> None:
+        return None
+
 
 def video(path: Path, frames: int, height: int = 32, width: int = 48, shade: int = 128) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)

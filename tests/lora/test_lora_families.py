@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -17,11 +18,10 @@ from vidsparse.errors import ConfigError, UnsupportedModelError
 from vidsparse_lora import length_extension
 from vidsparse_lora.config import DistillConfig, LengthExtensionConfig
 from vidsparse_lora.distill import sparsify_loss
-from vidsparse_lora.families import FAMILIES, Backbone, family_of
+from vidsparse_lora.families import FAMILIES, Backbone, family_of, inspect_trainable
 from vidsparse_lora.objective import sample_sigma
 from vidsparse_lora.session import Session
 from vidsparse_pipelines.lora import LoraSpec, load_loras, read_training
-from vidsparse_pipelines.model_info import inspect_model
 from vidsparse_pipelines.testing import tiny_tokenizer, tiny_wan_pipeline
 
 diffusers: Any = importlib.import_module("diffusers")
@@ -135,6 +135,61 @@ def wan_image() -> Any:
     return tiny_wan_pipeline(from_image=True)
 
 
+def wan_image_clip() -> Any:
+    """Wan 2.1: the picture goes through CLIP too."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    parts = tiny_wan_pipeline(from_image=True).components
+    sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "patch_size": 16}
+    encoder = CLIPVisionModel(CLIPVisionConfig(num_hidden_layers=2, image_size=32, **sizes)).eval()
+    processor = CLIPImageProcessor(crop_size=32, size=32)
+    plain = parts["transformer"]
+    transformer = type(plain)(**{**plain.config, "image_dim": 8, "added_kv_proj_dim": 24})
+    transformer.load_state_dict(plain.state_dict(), strict=False)
+    for name in ("transformer", "transformer_2", "image_encoder", "image_processor"):
+        parts.pop(name, None)
+    return diffusers.WanImageToVideoPipeline(
+        **parts, transformer=transformer, image_encoder=encoder, image_processor=processor
+    )
+
+
+def flux() -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+    words = tiny_tokenizer()
+    words.model_max_length = 77
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=8,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=diffusers.AutoencoderKL(
+            block_out_channels=(8, 8, 8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=2,
+            scaling_factor=0.36,
+            shift_factor=0.12,
+        ),
+        text_encoder=CLIPTextModel(CLIPTextConfig(num_hidden_layers=1, **sizes, **TEXT)).eval(),
+        tokenizer=words,
+        text_encoder_2=t5(),
+        tokenizer_2=tiny_tokenizer(),
+        transformer=transformer,
+    )
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "wan": tiny_wan_pipeline,
     "wan-image": wan_image,
@@ -142,7 +197,12 @@ MODELS: dict[str, Callable[[], Any]] = {
     "hunyuan": hunyuan,
     "ltx": ltx,
     "cogvideox": cogvideox,
+    "wan-image-clip": wan_image_clip,
+    "flux": flux,
 }
+ALL = ["wan-image", "wan-image-clip", "hunyuan", "ltx", "cogvideox", "flux"]
+LAYERS = {"hunyuan": 7, "flux": 7}
+"""Modules that get a LoRA; a single block has no output of its own. Elsewhere 8."""
 
 
 @pytest.fixture(scope="module")
@@ -170,21 +230,21 @@ def quiet(_: str) -> None:
 
 
 def backbone_of(pipe: Any, folder: Path, **options: Any) -> Backbone:
-    info = inspect_model(str(folder))
+    info = inspect_trainable(str(folder))
     return family_of(info)(pipe, info, torch.device("cpu"), torch.float32, 32, **options)
 
 
 def load(name: str, folder: Path) -> Any:
-    pipe = getattr(diffusers, inspect_model(str(folder)).pipeline_class).from_pretrained(folder)
+    pipe = getattr(diffusers, inspect_trainable(str(folder)).pipeline_class).from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def test_every_family_has_a_model_here(folders: dict[str, Path]) -> None:
-    assert {family_of(inspect_model(str(folder))) for folder in folders.values()} == set(FAMILIES)
+    assert {family_of(inspect_trainable(str(folder))) for folder in folders.values()} == set(FAMILIES)
 
 
-@pytest.mark.parametrize("name", ["wan", "wan-image", "hunyuan", "ltx", "cogvideox"])
+@pytest.mark.parametrize("name", ["wan", *ALL])
 def test_model_gets_what_its_pipeline_gives_it(name: str, folders: dict[str, Path]) -> None:
     """The first step of the stock pipeline, repeated through the family's own file: the same output."""
     pipe = load(name, folders[name])
@@ -196,7 +256,12 @@ def test_model_gets_what_its_pipeline_gives_it(name: str, folders: dict[str, Pat
 
     hook = pipe.transformer.register_forward_hook(record, with_kwargs=True)
     clip = torch.rand(1, 3, 17, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    call: dict[str, Any] = {"guidance_scale": 6.0 if name == "hunyuan" else 1.0}
+    call: dict[str, Any] = {"guidance_scale": {"hunyuan": 6.0, "flux": 3.5}.get(name, 1.0)}
+    if name != "flux":
+        call["num_frames"] = 17
+    if name == "wan-image-clip":
+        clip = ((clip + 1) * 127.5).round() / 127.5 - 1  # A picture has eight bits.
+        call |= {"image": VaeImageProcessor.numpy_to_pil((clip[:, :, 0] / 2 + 0.5).permute(0, 2, 3, 1).numpy())[0]}
     if name == "wan-image":
         call |= {"image": clip[:, :, 0] / 2 + 0.5}
     with torch.no_grad():
@@ -204,7 +269,6 @@ def test_model_gets_what_its_pipeline_gives_it(name: str, folders: dict[str, Pat
             prompt="a red circle moves",
             height=64,
             width=64,
-            num_frames=17,
             num_inference_steps=1,
             max_sequence_length=32,
             output_type="latent",
@@ -220,12 +284,17 @@ def test_model_gets_what_its_pipeline_gives_it(name: str, folders: dict[str, Pat
         latents, expected = (pipe._unpack_latents(x, *shape) for x in (latents, expected))
     if name == "cogvideox":
         latents, expected = latents.transpose(1, 2), expected.transpose(1, 2)
-    if name == "wan-image":
+    if name == "flux":
+        latents, expected = (pipe._unpack_latents(x, 64, 64, 8)[:, :, None] for x in (latents, expected))
+    if name.startswith("wan-image"):
         cached = backbone.encode_video(clip)
-        clean, text = backbone.split(cached, text)
+        clean, text = backbone.split(cached, text, backbone.encode_first_frame(clip))
         assert torch.allclose(latents[:, clean.shape[1] :], text[1], atol=1e-5)  # mask and first frame
         latents = latents[:, : clean.shape[1]]
-    sigma = arguments["timestep"].reshape(-1)[:1].float() / 1000
+    sigma = arguments["timestep"].reshape(-1)[:1].float() / (1 if name == "flux" else 1000)
+    if name == "wan-image-clip":
+        blind = (text[0], text[1], torch.zeros_like(text[2]))
+        assert not torch.allclose(backbone.velocity(latents, sigma, blind), expected, atol=1e-5)
     with torch.no_grad():
         found = backbone.velocity(latents, sigma, text)
         other = backbone.velocity(latents, (sigma + 0.5) % 1, text)
@@ -233,19 +302,21 @@ def test_model_gets_what_its_pipeline_gives_it(name: str, folders: dict[str, Pat
     assert not torch.allclose(other, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["wan-image", "hunyuan", "ltx", "cogvideox"])
+@pytest.mark.parametrize("name", ALL)
 def test_latents_are_those_that_the_pipeline_decodes(name: str, folders: dict[str, Path]) -> None:
     """Undone by the pipeline's own lines, normalised latents are the VAE's."""
     pipe = load(name, folders[name])
     backbone = backbone_of(pipe, folders[name])
     clip = torch.rand(1, 3, 17, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
     with torch.no_grad():
-        raw = pipe.vae.encode(clip).latent_dist.mode()
+        raw = pipe.vae.encode(clip[:, :, 0] if name == "flux" else clip).latent_dist.mode()
     found = backbone.encode_video(clip)[:, : backbone.latent_channels]
     config = pipe.vae.config
     if name == "ltx":
         found = pipe._denormalize_latents(found, pipe.vae.latents_mean, pipe.vae.latents_std, config.scaling_factor)
-    elif name == "wan-image":
+    elif name == "flux":
+        found = (found / config.scaling_factor + config.shift_factor)[:, :, 0]
+    elif name.startswith("wan-image"):
         mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
         found = found * std + mean
     else:
@@ -253,13 +324,20 @@ def test_latents_are_those_that_the_pipeline_decodes(name: str, folders: dict[st
     assert torch.allclose(found, raw, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["wan-image", "hunyuan", "ltx", "cogvideox"])
+@pytest.mark.parametrize("name", ALL)
 def test_trained_two_steps_and_loaded_by_stock_diffusers(name: str, config: Any, folders: dict[str, Path]) -> None:
-    size = {"sizes": ["128x128"]} if name == "ltx" else {}
+    size: dict[str, Any] = {"sizes": ["128x128"]} if name == "ltx" else {}
+    if name == "flux":
+        # In one frame radial attention leaves nothing out.
+        size |= {"method": "pooled", "method_options": {"density": 0.5, "dense_layers": 0}, "sizes": ["384x384"]}
+        size |= {"num_frames": [1], "num_clips": 2, "validation_steps": 1, "validation_clips": 1}
     session, file = trained(config(name, teacher_weight=0.5, teacher_frames=9, **size))
-    assert session.roles.handle.report().num_sparse_calls > 0
+    assert (session.roles.handle.report().sparse_density or 1) < 1
     layers = {n.split(".lora_")[0] for n in session.optimized["student"].names}
-    assert len(layers) == (7 if name == "hunyuan" else 8)  # the single block of HunyuanVideo has no output of its own
+    assert len(layers) == LAYERS.get(name, 8)
+    if name == "flux":
+        session.validate()
+        assert list(file.parent.glob("validation/*/*.png"))
     _, clean, text = session.batch(0)
     sigma = torch.tensor([0.6])
     session.roles.handle.remove()
@@ -393,7 +471,10 @@ def test_v_prediction_is_the_schedulers(folders: dict[str, Path]) -> None:
 def test_refusals(
     config: Any, distill: Callable[..., DistillConfig], folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    for name, why in (("cogvideox", "is trained by v-prediction"), ("wan-image", "needs pictures")):
+    whys = {"cogvideox": "is trained by v-prediction", "wan-image": "needs pictures", "flux": "makes images"}
+    with pytest.raises(ConfigError, match=r"makes images; set `num_frames` to 1, got \[17\]"):
+        length_extension.train(config("flux"), quiet)
+    for name, why in whys.items():
         with pytest.raises(ConfigError, match=f"few-step.*{why}; use sparsify"):
             Session(distill(model=str(folders[name]), stage="few-step"), quiet)
     with pytest.raises(ConfigError, match="`expert` must be 'high' or 'low', got 'both'"):

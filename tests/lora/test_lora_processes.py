@@ -61,7 +61,7 @@ def main(file: Path) -> None:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    Accelerator.end_training = lambda _: None  # The next run goes on with the same group of processes.
+    setattr(Accelerator, "end_training", lambda _: None)  # noqa: B010 the next run needs the group of processes
     said = []
     for run in json.loads(file.read_text()):
         for name, value in FSDP2.items():
@@ -156,7 +156,7 @@ def test_what_cannot_be_shared_out_is_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_accelerate_takes_the_shipped_configs(name: str, kind: str) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
-    config = load_config_from_file(str(ACCELERATE / f"{name}.yaml"))
+    config: Any = load_config_from_file(str(ACCELERATE / f"{name}.yaml"))
     assert config.distributed_type.value == kind and config.mixed_precision == "no"
     assert kind != "FSDP" or config.fsdp_config["fsdp_version"] == 2
 

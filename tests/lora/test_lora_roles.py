@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from vidsparse.errors import ConfigError
+from vidsparse_lora.checkpointing import OffloadedCheckpoint
 from vidsparse_lora.config import DistillConfig
 from vidsparse_lora.distill import sparsify_loss
 from vidsparse_lora.few_step import FewStep
@@ -133,9 +135,13 @@ def test_checkpointed_gradients_are_plain_gradients(distill: Config, method: str
     """Also when the dense teacher ran between the student's forward and its backward pass."""
     options = {"density": 0.5, "dense_layers": 0}
     found = []
-    for checkpointed in (False, True):
+    offloaded = OffloadedCheckpoint(least_bytes=0)
+    for how in (None, torch.utils.checkpoint.checkpoint, offloaded):
+        checkpointed = how is not None
         config = distill(method=method, method_options=options, gradient_checkpointing=checkpointed, lora_dropout=0.3)
         session = start(config)
+        if how is offloaded:
+            session.backbone.transformer.enable_gradient_checkpointing(how)
         randomise(session, STUDENT)
         torch.manual_seed(5)
         loss = sparsify_loss(session, 0)
@@ -146,12 +152,14 @@ def test_checkpointed_gradients_are_plain_gradients(distill: Config, method: str
             )
         loss.backward()
         found.append((loss.item(), gradients(session, STUDENT)))
-    (plain_loss, plain), (loss, checkpointed_gradients) = found
-    assert loss == plain_loss and plain.keys() == checkpointed_gradients.keys()
+    (plain_loss, plain), *others = found
+    assert offloaded.moved == 1, "of two blocks the second one's input depends on weights"
     assert len(plain) == 16 + 2 * (method == "sla")  # two layers; "sla" has a projection in each
     assert all(g.any() for g in plain.values())
-    for name, gradient in plain.items():
-        assert torch.equal(gradient, checkpointed_gradients[name]), name
+    for loss, checkpointed_gradients in others:
+        assert loss == plain_loss and plain.keys() == checkpointed_gradients.keys()
+        for name, gradient in plain.items():
+            assert torch.equal(gradient, checkpointed_gradients[name]), name
 
 
 def test_targets_that_match_nothing(distill: Config) -> None:

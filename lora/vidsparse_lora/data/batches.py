@@ -17,11 +17,13 @@ class Batch:
 
     latents: `[batch, channels, latent frames, h, w]`, float32, on the CPU.
     texts: embeddings `[tokens, dim]`.
+    images: embeddings `[batch, tokens, dim]` of the pictures, for models that have them.
     """
 
     captions: list[str]
     latents: Tensor
     texts: list[Tensor]
+    images: Tensor | None = None
 
 
 class Batches:
@@ -62,6 +64,10 @@ class Batches:
 
     def __getitem__(self, position: int) -> Batch:
         samples = [self.cache.load(entry) for entry in self.entries(position)]
+        images = [s.image for s in samples if s.image is not None]
         return Batch(
-            [s.caption for s in samples], torch.stack([s.latents for s in samples]), [s.text for s in samples]
+            [s.caption for s in samples],
+            torch.stack([s.latents for s in samples]),
+            [s.text for s in samples],
+            torch.stack(images) if images else None,
         )

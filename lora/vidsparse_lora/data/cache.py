@@ -62,11 +62,13 @@ class Sample:
 
     latents: `[channels, latent frames, h, w]`, float32.
     text: `[tokens, dim]`, float32.
+    image: `[tokens, dim]`, float32, what the model gets of a picture beside its latents; None for most.
     """
 
     caption: str
     latents: Tensor
     text: Tensor
+    image: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class Encoder(Protocol):
     def encode_video(self, clips: Tensor) -> Tensor: ...
 
     def encode_text(self, captions: Sequence[str]) -> list[Tensor]: ...
+
+    def encode_first_frame(self, clips: Tensor) -> Tensor | None: ...
 
 
 class LatentCache:
@@ -153,10 +157,14 @@ class LatentCache:
     def _encode(self, waiting: list[tuple[Path, Clip]], encoder: Encoder) -> int:
         if not waiting:
             return 0
-        latents = encoder.encode_video(torch.stack([clip.pixels for _, clip in waiting])).cpu()
+        pixels = torch.stack([clip.pixels for _, clip in waiting])
+        latents, images = encoder.encode_video(pixels).cpu(), encoder.encode_first_frame(pixels)
         texts = encoder.encode_text([clip.caption for _, clip in waiting])
-        for (path, clip), latent, text in zip(waiting, latents, texts, strict=True):
-            tensors = {"latents": latent.contiguous(), "text": text.contiguous()}
+        for index, (path, clip) in enumerate(waiting):
+            latent = latents[index]
+            tensors = {"latents": latent.contiguous(), "text": texts[index].contiguous()}
+            if images is not None:
+                tensors["image"] = images[index].cpu().contiguous()
             metadata = {
                 "caption": clip.caption,
                 "sha256": _content_hash(tensors),
@@ -185,7 +193,7 @@ class LatentCache:
             raise _damaged(entry.path) from error
         if not whole:
             raise _damaged(entry.path)
-        sample = Sample(entry.caption, tensors["latents"], tensors["text"])
+        sample = Sample(entry.caption, tensors["latents"], tensors["text"], tensors.get("image"))
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         if size <= self._room:
             self._room -= size

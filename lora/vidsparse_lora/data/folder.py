@@ -16,6 +16,7 @@ from vidsparse.errors import ConfigError
 from vidsparse_lora.data.cache import Clip, Skipped
 
 SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif", ".m4v")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CORRUPT, SHORT, NO_CAPTION, MISSING = "unreadable", "too short", "without a caption", "missing"
 
 
@@ -114,7 +115,8 @@ def folder_videos(
     """The videos of a folder with their captions, by name.
 
     Captions come from `metadata.jsonl` or `metadata.csv` (`file_name`, and `text` or `caption`), which then lists the
-    videos; else from a `.txt` of the same name beside each video, in subfolders too.
+    videos; else from a `.txt` of the same name beside each video, in subfolders too. For lengths of one frame images count
+    as videos.
 
     Raises:
         ConfigError: there is no such folder, or its metadata cannot be read.
@@ -124,7 +126,8 @@ def folder_videos(
         raise ConfigError(f"`data` must be 'clips' or a folder of videos; there is no folder {str(folder)!r}.")
     captions = _metadata(root)
     if captions is None:
-        files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        known = SUFFIXES + (IMAGE_SUFFIXES if min(lengths) == 1 else ())
+        files = sorted(p for p in root.rglob("*") if p.suffix.lower() in known and p.is_file())
         captions = {str(p.relative_to(root)): _text_beside(p) for p in files}
     return [
         FolderVideo(root / name, name, caption, tuple(sorted(lengths)), tuple(sizes), fps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -35,6 +36,7 @@ class Backbone:
     targets: ClassVar[str] = r"transformer_blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)"
     default_text_length: ClassVar[int] = 512
     from_image: ClassVar[bool] = False
+    images: ClassVar[bool] = False
     no_split: ClassVar[str | None] = "diffusers has no plan to split its sequences"
     """Why sequences cannot be shared among processes, None where they can."""
 
@@ -75,7 +77,13 @@ class Backbone:
     @property
     def idle(self) -> list[Any]:
         """Modules that no training step runs."""
-        names = ("text_encoder", "text_encoder_2", "vae", "transformer" if self.expert == LOW else "transformer_2")
+        names = (
+            "text_encoder",
+            "text_encoder_2",
+            "image_encoder",
+            "vae",
+            "transformer" if self.expert == LOW else "transformer_2",
+        )
         return [part for name in names if (part := getattr(self.pipe, name, None)) is not None]
 
     @property
@@ -86,7 +94,10 @@ class Backbone:
 
     @property
     def flow_shift(self) -> float:
+        """The scheduler's; where that grows with the number of tokens, that of the longest sequence it names."""
         config = self.pipe.scheduler.config
+        if config.get("use_dynamic_shifting"):
+            return math.exp(config.get("max_shift", 1.15))
         return float(next((config[k] for k in ("flow_shift", "shift") if config.get(k)), 1.0))
 
     @property
@@ -116,6 +127,10 @@ class Backbone:
         vae = self.pipe.vae
         return self.normalised(vae.encode(clips.to(vae.device, vae.dtype)).latent_dist.mode().float())
 
+    def encode_first_frame(self, clips: Tensor) -> Tensor | None:
+        """Embeddings `[batch, tokens, dim]`, float32, that the model gets of a picture beside its latents; None for none."""
+        return None
+
     def normalised(self, latents: Tensor) -> Tensor:
         return latents * self.pipe.vae.config.scaling_factor
 
@@ -133,8 +148,11 @@ class Backbone:
             row[: len(text)] = text[:rows]
         return out.to(self.device)
 
-    def split(self, latents: Tensor, text: Tensor) -> tuple[Tensor, Any]:
-        """The latents that get noise, and the conditions that `velocity` takes, from those of a cached batch."""
+    def split(self, latents: Tensor, text: Tensor, image: Tensor | None = None) -> tuple[Tensor, Any]:
+        """The latents that get noise, and the conditions that `velocity` takes, from those of a cached batch.
+
+        image: from `encode_first_frame`, of the batch.
+        """
         return latents, text
 
     # The model

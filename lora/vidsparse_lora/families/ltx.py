@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -13,18 +12,11 @@ from vidsparse_lora.families.base import Backbone, text_mask
 
 
 class LTXBackbone(Backbone):
-    """Its scheduler's shift grows with the number of tokens; `flow_shift` is that of the longest sequence it names."""
-
     pipelines: ClassVar[tuple[str, ...]] = ("LTXPipeline",)
     default_text_length: ClassVar[int] = 128
     no_split: ClassVar[str | None] = (
         "it hides the padding of its text by a mask, which diffusers' Ulysses does not take"
     )
-
-    @property
-    def flow_shift(self) -> float:
-        config = self.pipe.scheduler.config
-        return math.exp(config.get("max_shift", 1.15)) if config.get("use_dynamic_shifting") else super().flow_shift
 
     def normalised(self, latents: Tensor) -> Tensor:
         vae = self.pipe.vae

@@ -1,4 +1,4 @@
-"""Wan: 2.1 and 2.2 text-to-video, 2.2 image-to-video, the bundled model; one expert of A14B at a time."""
+"""Wan: 2.1 and 2.2, text-to-video and image-to-video, the bundled model; one expert of A14B at a time."""
 
 from __future__ import annotations
 
@@ -40,26 +40,30 @@ class WanBackbone(Backbone):
         lengths = [int(row.nonzero().max()) + 1 if row.any() else 1 for row in used]
         return [e[:n].float().cpu() for e, n in zip(embeds, lengths, strict=True)]
 
-    def forward(self, latents: Tensor, sigma: Tensor, text: Any) -> Tensor:
+    def forward(self, latents: Tensor, sigma: Tensor, text: Any, image: Tensor | None = None) -> Tensor:
         return self.transformer(
             hidden_states=latents,
             timestep=sigma * 1000,
             encoder_hidden_states=text.to(latents.dtype),
+            encoder_hidden_states_image=None if image is None else image.to(latents.dtype),
             return_dict=False,
         )[0]
 
 
 class WanImageBackbone(WanBackbone):
-    """Image-to-video: each video's own first frame is its picture. Latents are kept with their condition's channels."""
+    """Image-to-video: each video's own first frame is its picture. Latents are kept with their condition's channels.
+
+    Wan 2.1 also reads the picture through CLIP.
+    """
 
     pipelines: ClassVar[tuple[str, ...]] = ("WanImageToVideoPipeline",)
     from_image: ClassVar[bool] = True
 
     def check(self) -> None:
-        if getattr(self.pipe, "image_encoder", None) is not None:
+        if self.transformer.config.pos_embed_seq_len is not None:
             raise UnsupportedModelError(
-                f"{self.info.name!r} also reads its picture through an image encoder (Wan 2.1), which training does not "
-                "do; Wan 2.2 image-to-video can be trained."
+                f"{self.info.name!r} takes a first and a last picture, and training gives it the first; use the "
+                "image-to-video model."
             )
         if self.pipe.config.expand_timesteps:
             raise UnsupportedModelError(
@@ -81,11 +85,20 @@ class WanImageBackbone(WanBackbone):
         mask[:, :, 0] = 1
         return torch.cat([clean, mask, condition], dim=1)
 
-    def split(self, latents: Tensor, text: Tensor) -> tuple[Tensor, Any]:
-        return latents[:, : self.latent_channels], (text, latents[:, self.latent_channels :])
+    @torch.no_grad()
+    def encode_first_frame(self, clips: Tensor) -> Tensor | None:
+        if self.transformer.config.image_dim is None:
+            return None
+        from PIL import Image
 
-    def forward(self, latents: Tensor, sigma: Tensor, text: Any) -> Tensor:
-        embeds, condition = text
+        frames = ((clips[:, :, 0] + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+        return self.pipe.encode_image([Image.fromarray(frame) for frame in frames], self.device).float()
+
+    def split(self, latents: Tensor, text: Tensor, image: Tensor | None = None) -> tuple[Tensor, Any]:
+        return latents[:, : self.latent_channels], (text, latents[:, self.latent_channels :], image)
+
+    def forward(self, latents: Tensor, sigma: Tensor, text: Any, image: Tensor | None = None) -> Tensor:
+        embeds, condition, image = text
         # A teacher's window begins at the picture.
         condition = condition[:, :, : latents.shape[2]].to(latents.dtype)
-        return super().forward(torch.cat([latents, condition], dim=1), sigma, embeds)
+        return super().forward(torch.cat([latents, condition], dim=1), sigma, embeds, image)
