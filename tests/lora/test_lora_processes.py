@@ -40,12 +40,13 @@ def train(settings: dict[str, Any]) -> None:
     length_extension.train(from_dict(LengthExtensionConfig, settings), lambda _: None)
 
 
-def two_processes(runs: list[dict[str, Any]], folder: Path) -> list[str]:
+def two_processes(runs: list[dict[str, Any]], folder: Path, device: str = "cpu") -> list[str]:
     """Runs one after another in the same two processes; each `{"settings": …, "fsdp": bool}`. What each said, if refused."""
     (folder / "runs.json").write_text(json.dumps(runs))
     paths = os.pathsep.join(str(ROOT / p) for p in (".", "kernels/torch-ext", "pipelines", "lora"))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-    environment = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"} if device == "cpu" else {}
     done = subprocess.run(
         [*launch, str(folder / "runs.json")],
         env={**os.environ, **environment},
@@ -83,6 +84,7 @@ def shared(settings: dict[str, Any]) -> dict[str, Any]:
     """Sparse and dense layers, a teacher, checkpointed blocks, an average; a batch of one."""
     return settings | {
         "batch_size": 1,
+        "max_steps": 4,
         "caption_dropout": 0.5,
         "method_options": {"density": 0.5, "block_size": 16, "dense_layers": 1},
         "teacher_weight": 0.5,
@@ -93,8 +95,25 @@ def shared(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_are_one_with_both_batches(shared: dict[str, Any], tmp_path: Path) -> None:
+    processes_are_one(shared | {"device": "cuda"}, tmp_path, 1e-4)
+
+
 def test_two_processes_are_one_with_both_batches(shared: dict[str, Any], tmp_path: Path) -> None:
-    """Gloo on a CPU; one process collects four forwards a step, or two have two of them each, or half of all four."""
+    """Gloo on a CPU."""
+    processes_are_one(shared, tmp_path, 1e-5)
+    # Weights shared out and the run resumed: the arithmetic is that of whole weights in one go.
+    ddp, fsdp = adapter(tmp_path / "ddp"), adapter(tmp_path / "fsdp")
+    assert all(torch.equal(ddp[k], fsdp[k]) for k in ddp)
+    for name in ("fsdp", "sequences"):
+        assert (tmp_path / name / "validation/step-000004/seed-0.mp4").stat().st_size > 0
+
+
+def processes_are_one(shared: dict[str, Any], tmp_path: Path, tolerance: float) -> None:
+    """One process collects four forwards a step, or two have two of them each, or half of all four."""
+    validate = 0 if shared["device"] == "cpu" else -1
 
     def run(name: str, fsdp: bool = False, **changes: Any) -> dict[str, Any]:
         return {"settings": {**shared, "output_dir": str(tmp_path / name), **changes}, "fsdp": fsdp}
@@ -103,28 +122,26 @@ def test_two_processes_are_one_with_both_batches(shared: dict[str, Any], tmp_pat
     said = two_processes(
         [
             run("ddp", gradient_accumulation=2),
-            run("fsdp", gradient_accumulation=2, max_steps=3, fsdp=True),
-            run("fsdp", gradient_accumulation=2, validate_every=0, fsdp=True),
-            run("sequences", gradient_accumulation=4, validate_every=0, context_parallel=2),
-            run("both", gradient_accumulation=4, context_parallel=2, fsdp=True),
+            run("fsdp", gradient_accumulation=2, max_steps=2, fsdp=True),
+            run("fsdp", gradient_accumulation=2, validate_every=validate, fsdp=True),
+            run("sequences", gradient_accumulation=4, validate_every=validate, context_parallel=2),
+            run("both", gradient_accumulation=4, context_parallel=2, max_steps=2, fsdp=True),
             run("odd", sizes=["48x48"], context_parallel=2),
         ],
         tmp_path,
+        shared["device"],
     )
     assert said[:-1] == [""] * 5 and "`context_parallel` 2 does not divide the tokens" in said[-1], said
     expected, whole = losses(tmp_path / "one"), adapter(tmp_path / "one")
     for name in ("ddp", "fsdp", "sequences", "both"):
         found = losses(tmp_path / name)
-        assert len(found) == len(expected) == shared["max_steps"]
-        assert all(abs(a - b) < 1e-5 * b for a, b in zip(found, expected, strict=True)), (name, found, expected)
+        assert len(found) == (2 if name == "both" else 4) and len(expected) == 4
+        assert all(abs(a - b) < tolerance * b for a, b in zip(found, expected, strict=False)), (name, found, expected)
+        if name == "both":
+            continue
         weights = adapter(tmp_path / name)
         assert whole.keys() == weights.keys()
         assert all(torch.allclose(whole[k], weights[k], rtol=1e-3, atol=1e-4) for k in whole), name
-    # Weights shared out and the run resumed: the arithmetic is that of whole weights in one go.
-    ddp, fsdp = adapter(tmp_path / "ddp"), adapter(tmp_path / "fsdp")
-    assert all(torch.equal(ddp[k], fsdp[k]) for k in ddp)
-    for name in ("fsdp", "sequences"):
-        assert (tmp_path / name / "validation/step-000006/seed-0.mp4").stat().st_size > 0
     # One process with one batch a step goes another way, so that the test above could fail.
     train(run("alone")["settings"])
     assert abs(losses(tmp_path / "alone")[-1] - expected[-1]) > 1e-3
