@@ -253,8 +253,8 @@ def bench(
     with torch.no_grad():
         ours(query, key, value)
     flex_mask = to_flex_block_mask(ours.mask)
-    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
-    options = {"BLOCK_M": 128, "BLOCK_N": 64, "IS_DIVISIBLE": False, "FORCE_USE_FLEX_ATTENTION": True}
+    compiled: Any = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+    options: dict[str, Any] = {"BLOCK_M": 128, "BLOCK_N": 64, "IS_DIVISIBLE": False, "FORCE_USE_FLEX_ATTENTION": True}
     calls["flex"] = partial(compiled, block_mask=flex_mask, kernel_options=options), theirs, []
     if density == DENSITIES[0]:
         calls["dense, cuDNN"] = dense, theirs, []

@@ -28,6 +28,7 @@ class Selection:
             the video tokens takes token order[p] of them. Text tokens keep their place.
         text_before, text_after: text tokens that keep their place, where there is an order.
         details: tensors that a correction may use (centroids, cluster sizes), by name.
+        skipped: blocks that a correction leaves out as well, or None.
         backend: which kernel ran it and why, once it ran.
         exact: whether the latest call computed the dropped blocks as well.
     """
@@ -40,11 +41,13 @@ class Selection:
         text_before: int = 0,
         text_after: int = 0,
         details: dict[str, torch.Tensor] | None = None,
+        skipped: BlockMask | None = None,
     ) -> None:
         self.block_mask = block_mask
         self.q_order, self.kv_order = q_order, kv_order
         self.text_before, self.text_after = text_before, text_after
         self.details = details or {}
+        self.skipped = skipped
         self.backend: tuple[str, str] | None = None
         self.exact = False
         self._density: torch.Tensor | float | None = None
@@ -60,6 +63,8 @@ class Selection:
         """Everything that keeping this selection keeps in memory."""
         mask = self.block_mask
         kept = (mask.kv_num_blocks, mask.kv_indices, mask.q_offsets, mask.kv_offsets, self.q_order, self.kv_order)
+        if self.skipped is not None:
+            kept += self.skipped.kv_num_blocks, self.skipped.kv_indices
         return [x for x in (*kept, *self.details.values()) if x is not None]
 
     def permute(

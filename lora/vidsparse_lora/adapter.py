@@ -20,7 +20,7 @@ from vidsparse.processors.binding import PROJECTION
 from vidsparse_lora.config import TrainConfig
 from vidsparse_lora.files import write_bytes
 from vidsparse_lora.roles import STUDENT
-from vidsparse_pipelines.lora import EXTRA_KEY, find_lora_file
+from vidsparse_pipelines.lora import BIAS_WORD, EXTRA_KEY, find_lora_file
 from vidsparse_pipelines.weights import check_safetensors
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -30,7 +30,8 @@ PEFT_SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "r
 def adapter_key(parameter_name: str, adapter: str = STUDENT) -> str:
     """`blocks.0.attn1.to_q.lora_A.student.weight` -> `transformer.blocks.0.attn1.to_q.lora_A.weight`."""
     if f".{PROJECTION}." in parameter_name:
-        return f"transformer.{parameter_name.removesuffix('.weight')}{EXTRA_KEY}"
+        # A bias too gets a key that other loaders ignore: `proj_l_bias.lora_extra.weight`.
+        return f"transformer.{parameter_name.removesuffix('.weight').replace('.bias', BIAS_WORD)}{EXTRA_KEY}"
     return f"transformer.{parameter_name.replace(f'.{adapter}.', '.')}"
 
 

@@ -15,6 +15,8 @@ from .weights import check_safetensors
 _PEFT_PREFIX = "base_model.model."
 
 EXTRA_KEY = ".lora_extra.weight"
+BIAS_WORD = "_bias"
+"""Follows the name of a module in the key of its bias."""
 """End of the keys of modules that the model itself lacks, after the module's path."""
 
 TRAINING_VERSION = 1
@@ -263,16 +265,20 @@ def _add_projections(transformer: Any, state: dict[str, Any], scale: float) -> N
     import torch
 
     for key, weight in state.items():
-        if not key.endswith(EXTRA_KEY):
+        if not key.endswith(EXTRA_KEY) or key.endswith(BIAS_WORD + EXTRA_KEY):
             continue
         parent, _, name = key.removeprefix("transformer.").removesuffix(EXTRA_KEY).rpartition(".")
         attention = transformer.get_submodule(parent)
         like = next(attention.parameters())
-        linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=like.device, dtype=torch.float32)
+        linear = torch.nn.Linear(weight.shape[1], weight.shape[0], device=like.device, dtype=torch.float32)
+        bias = state.get(key.removesuffix(EXTRA_KEY) + BIAS_WORD + EXTRA_KEY)
         linear.weight.data.copy_(weight * scale)
+        linear.bias.data.copy_(torch.zeros_like(linear.bias) if bias is None else bias * scale)
         present = getattr(attention, name, None)
         if present is not None:
             linear.weight.data += present.weight.data
+            if present.bias is not None:
+                linear.bias.data += present.bias.data
         setattr(attention, name, linear.requires_grad_(False))
 
 

@@ -67,7 +67,7 @@ def _changes(typed: list[str] | None, extra: list[str]) -> list[str]:
     return [*(typed or []), *extra]
 
 
-TRAINED_WITH = ("coverage", "feature_map")
+TRAINED_WITH = ("coverage", "feature_map", "skip")
 """Method options that a trained projection holds for alone."""
 
 

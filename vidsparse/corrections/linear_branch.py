@@ -51,8 +51,9 @@ class LinearBranch:
             key, value = key.masked_fill(~seen, 0), value.masked_fill(~seen, 0)
         mask = selection.block_mask if self.coverage == "non_selected" else None
         branch = linear_branch(
-            query, key, value, mask, feature_map=self.feature_map, coverage=self.coverage, backend=self.backend
-        )
+            query, key, value, mask, feature_map=self.feature_map, coverage=self.coverage, skipped=selection.skipped,
+            backend=self.backend,
+        )  # fmt: skip
         # A weight in fp32 is rounded to half precision where the attention is, as in the public code under autocast.
         weight, bias = context.projection.weight.to(branch.dtype), context.projection.bias
         if bias is not None:

@@ -29,6 +29,8 @@ class SparseLinearConfig(PooledConfig):
         feature_map: of the linear branch: "softmax" (default), "elu" (elu + 1) or "relu".
         coverage: which keys the linear branch sees: "all" (default; the released SLA and TurboDiffusion checkpoints) or
             "non_selected" (the paper).
+        skip: share of the key blocks of a row, those with the lowest scores, that the linear branch leaves out as well;
+            default 0, the paper's 0.1; with `density` at most 1 - density.
 
     Raises:
         ConfigError: a value is out of range.
@@ -36,12 +38,18 @@ class SparseLinearConfig(PooledConfig):
 
     feature_map: str = "softmax"
     coverage: str = "all"
+    skip: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, allowed in (("feature_map", FEATURE_MAPS), ("coverage", COVERAGES)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        most = 1.0 if self.share is None else 1.0 - self.share
+        if isinstance(self.skip, bool) or not isinstance(self.skip, int | float) or not 0 <= self.skip <= most:
+            raise ConfigError(
+                f"`skip` must be from 0 to {most:g}, what the density leaves of the blocks, got {self.skip!r}."
+            )
 
     @property
     def share(self) -> float | None:
@@ -68,9 +76,13 @@ class SparseLinearProcessor(PooledProcessor):
 
     def parts(self, layout: TokenLayout, device: Any) -> tuple[Parts, str | None]:
         from vidsparse.corrections.linear_branch import LinearBranch
+        from vidsparse.selection.blocks import PooledSelector
 
         parts, note = super().parts(layout, device)
-        return replace(parts, correction=LinearBranch(self.config.feature_map, self.config.coverage)), note
+        assert isinstance(parts.selector, PooledSelector)
+        selector = replace(parts.selector, skip=self.config.skip)
+        branch = LinearBranch(self.config.feature_map, self.config.coverage)
+        return replace(parts, selector=selector, correction=branch), note
 
 
 SLAProcessor = SparseLinearProcessor

@@ -624,11 +624,12 @@ class Binding:
 
 
 def _zero_projection(attention: Any) -> torch.nn.Linear:
-    """The projection of a linear branch: without bias, shared by the heads, zero until it is trained (SLA, section 4.2)."""
+    """The projection of a linear branch, shared by the heads, zero until trained (SLA, section 4.2), as in public code."""
     weight = next(attention.parameters())
     dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else torch.float32
-    linear = torch.nn.Linear(_head_dim(attention), _head_dim(attention), bias=False, device=weight.device, dtype=dtype)
-    torch.nn.init.zeros_(linear.weight)
+    linear = torch.nn.Linear(_head_dim(attention), _head_dim(attention), device=weight.device, dtype=dtype)
+    for parameter in linear.parameters():
+        torch.nn.init.zeros_(parameter)
     return linear
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -55,6 +55,7 @@ class PooledSelector:
         top_p: least softmax mass of the pooled scores, or None; one of the two is given.
         sink_frames: first latent frames that every query sees.
         random_seed: choose at random with this seed in place of the scores; the same blocks in every step.
+        skip: share of the key blocks of a row, those with the lowest scores, that a correction leaves out as well.
     """
 
     layout: TokenLayout
@@ -63,6 +64,7 @@ class PooledSelector:
     top_p: float | None
     sink_frames: int = 0
     random_seed: int | None = None
+    skip: float = 0.0
 
     @cached_property
     def sizes(self) -> tuple[int, int]:
@@ -76,7 +78,7 @@ class PooledSelector:
         return forced, None if self.layout.text_len else most
 
     def select(self, query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> Selection:
-        from vidsparse_kernels import pool_blocks, score_blocks, select_blocks
+        from vidsparse_kernels import BlockMask, pool_blocks, score_blocks, select_blocks
 
         q_size, kv_size = self.sizes
         if self.random_seed is None:
@@ -88,15 +90,15 @@ class PooledSelector:
             blocks = [-(-query.shape[1] // size) for size in self.sizes]
             scores = torch.randn(1, query.shape[2], *blocks, generator=generator, device=query.device)
         forced, most = self._forced
+        sizes: dict[str, Any] = dict(
+            seq_len_q=query.shape[1], seq_len_kv=key.shape[1], q_block_size=q_size, kv_block_size=kv_size
+        )  # fmt: skip
         mask = select_blocks(
-            scores,
-            seq_len_q=query.shape[1],
-            seq_len_kv=key.shape[1],
-            q_block_size=q_size,
-            kv_block_size=kv_size,
-            density=self.density,
-            top_p=self.top_p,
-            forced=forced,
-            max_forced=most,
-        )
-        return Selection(mask)
+            scores, density=self.density, top_p=self.top_p, forced=forced, max_forced=most, **sizes
+        )  # fmt: skip
+        if not self.skip:
+            return Selection(mask)
+        # Forced blocks come last in line; a row of text, where all are forced, skips none.
+        lowest = select_blocks((-scores).masked_fill(forced, -torch.inf), density=self.skip, **sizes)
+        counts = lowest.kv_num_blocks.masked_fill(forced.all(-1), 0)
+        return Selection(mask, skipped=BlockMask.from_indices(counts, lowest.kv_indices, **sizes))
