@@ -24,23 +24,27 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from vidsparse_kernels.block_sparse_attention import hopper
 
-head_dim, block_n, biased = (int(x) for x in sys.argv[1:])
+head_dim, block_n = (int(x) for x in sys.argv[1:3])
+biased, quantized = sys.argv[3] == "biased", sys.argv[3] == "int8"
 kernel = hopper.block_sparse_forward_hopper_kernel
 stages = hopper.num_stages(block_n, head_dim)
 constants = dict(
     BLOCK_D=head_dim, BLOCK_N=block_n, Q_BLOCK=128, KV_BLOCK=block_n, STAGES=stages, RAGGED_KV=True,
-    HAS_BIAS=bool(biased), LATE_P=head_dim <= hopper.MAX_LATE_P, STORE_LSE=True,
+    HAS_BIAS=biased, LATE_P=head_dim <= hopper.MAX_LATE_P, STORE_LSE=not quantized,
+    QUANTIZED=quantized,
     TURNS=head_dim <= hopper.MAX_TURNS and block_n == 128 and not biased,
     CONSUMER_REGISTERS=hopper.CONSUMER_REGISTERS, PRODUCER_REGISTERS=hopper.PRODUCER_REGISTERS)
 rows = dict(query=64, key=block_n, value=block_n, out=64)
-others = dict(lse_ptr="*fp32", counts_ptr="*i32", indices_ptr="*i32", bias_ptr="*fp32", qk_scale_log2="fp32")
+others = dict(lse_ptr="*fp32", counts_ptr="*i32", indices_ptr="*i32", bias_ptr="*fp32",
+    query_scale_ptr="*fp32", key_scale_ptr="*fp32", qk_scale_log2="fp32")
 signature = {}
 for name in kernel.arg_names:
     if name in constants:
         signature[name] = "constexpr"
     elif name in rows:
-        layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows[name], head_dim], gl.bfloat16)
-        signature[name] = f"tensordesc<bf16[1, 1, {rows[name]}, {head_dim}],{layout!r}>"
+        short = quantized and name in ("query", "key")
+        layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows[name], head_dim], gl.int8 if short else gl.bfloat16)
+        signature[name] = f"tensordesc<{'i8' if short else 'bf16'}[1, 1, {rows[name]}, {head_dim}],{layout!r}>"
     else:
         signature[name] = others.get(name, "i32")
 attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")}
@@ -51,17 +55,28 @@ ptx = compiled.asm["ptx"]
 assert compiled.metadata.shared <= 227 * 1024, compiled.metadata.shared
 for word in ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg", "mbarrier.try_wait"):
     assert word in ptx, word
+assert ("k32.s32.s8.s8" in ptx) == quantized
 # A thread loads two numbers of the bias at once; nothing else in the kernel does.
 print("biased" if "ld.global.v2.b32" in ptx else "plain")
 """
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")
-@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
-@pytest.mark.parametrize(("head_dim", "block_n"), [(128, 128), (128, 64), (64, 128), (64, 64)])
-def test_compiles_without_a_gpu(head_dim, block_n, biased, tmp_path):
+@pytest.mark.parametrize(
+    ("head_dim", "block_n", "kind"),
+    [
+        (128, 128, "plain"),
+        (128, 64, "plain"),
+        (64, 128, "plain"),
+        (64, 64, "plain"),
+        (128, 128, "biased"),
+        (64, 64, "biased"),
+        (128, 128, "int8"),
+    ],
+)
+def test_compiles_without_a_gpu(head_dim, block_n, kind, tmp_path):
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", COMPILED, str(head_dim), str(block_n), str(int(biased))],
+        [sys.executable, "-W", "ignore", "-c", COMPILED, str(head_dim), str(block_n), kind],
         capture_output=True,
         text=True,
         env={
@@ -72,7 +87,7 @@ def test_compiles_without_a_gpu(head_dim, block_n, biased, tmp_path):
         },
     )
     assert result.returncode == 0, result.stderr[:3000]
-    assert result.stdout.strip() == ("biased" if biased else "plain")
+    assert result.stdout.strip() == ("biased" if kind == "biased" else "plain")
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")

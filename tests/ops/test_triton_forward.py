@@ -84,26 +84,28 @@ from triton.compiler import ASTSource
 from vidsparse_kernels.block_sparse_attention.configs import forward_config, padded_head_dim
 from vidsparse_kernels.block_sparse_attention.forward import block_sparse_forward_kernel as kernel
 
-capability, shared_memory, head_dim, descriptors, variable, skip = (int(x) for x in sys.argv[1:])
+capability, shared_memory, head_dim, descriptors, variable, skip, quantized = (int(x) for x in sys.argv[1:])
 config = forward_config(
     capability=(capability // 10, capability % 10), shared_memory=shared_memory, head_dim=head_dim, itemsize=2,
     q_block_size=128, kv_block_size=128, descriptors_possible=bool(descriptors))
 block_d = padded_head_dim(head_dim)
 constants = dict(
     HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n, Q_BLOCK=128, KV_BLOCK=128,
-    RAGGED_KV=True, HAS_BIAS=False, STORE_LSE=True, DESCRIPTORS=config.descriptors, VARIABLE=bool(variable), SKIP=bool(skip),
-    PRECISION="ieee", query_stride_d=1, key_stride_d=1, value_stride_d=1)
+    RAGGED_KV=True, HAS_BIAS=False, STORE_LSE=not quantized, DESCRIPTORS=config.descriptors, VARIABLE=bool(variable), SKIP=bool(skip),
+    SCALE_BLOCK=128 * quantized, PRECISION="ieee", query_stride_d=1, key_stride_d=1, value_stride_d=1)
 tiles = dict(query=config.block_m, key=config.block_n, value=config.block_n, out=config.block_m)
 pointers = dict(
     lse_ptr="*fp32", bias_ptr="*fp32", counts_ptr="*i32", indices_ptr="*i32", own_blocks_ptr="*i32",
-    own_tiles_ptr="*i32", qk_scale_log2="fp32", skip_log2="fp32")
+    own_tiles_ptr="*i32", qk_scale_log2="fp32", skip_log2="fp32",
+    query_scale_ptr="*fp32", key_scale_ptr="*fp32")
 signature, attributes = {}, {}
 for position, name in enumerate(kernel.arg_names):
     if name in constants:
         signature[name] = "constexpr"
     elif name in tiles:
-        tile = f"tensordesc<bf16[1, 1, {tiles[name]}, {block_d}]>"
-        signature[name] = tile if config.descriptors and not (variable and name == "out") else "*bf16"
+        dtype = "i8" if quantized and name in ("query", "key") else "bf16"
+        tile = f"tensordesc<{dtype}[1, 1, {tiles[name]}, {block_d}]>"
+        signature[name] = tile if config.descriptors and not (variable and name == "out") else f"*{dtype}"
     else:
         signature[name] = pointers.get(name, "i32")
     if signature[name].startswith("*") or "stride" in name and signature[name] == "i32":
@@ -134,19 +136,23 @@ def test_interpreted_kernel_is_exact(variant):
     assert run(INTERPRETED, variant, TRITON_INTERPRET="1") == "checked"
 
 
-@pytest.mark.parametrize("kind", ["uniform", "variable", "skipping"])
 @pytest.mark.parametrize(
-    ("capability", "shared_memory", "head_dim", "descriptors", "expected"),
+    ("capability", "shared_memory", "head_dim", "descriptors", "expected", "kind"),
     [
-        (80, 163 * 1024, 128, False, "False False"),
-        (90, 227 * 1024, 128, True, "True True"),
-        (100, 227 * 1024, 128, True, "False True"),
-        (120, 99 * 1024, 128, True, "False True"),
+        (*device, kind)
+        for device in (
+            (80, 163 * 1024, 128, False, "False False"),
+            (90, 227 * 1024, 128, True, "True True"),
+            (100, 227 * 1024, 128, True, "False True"),
+            (120, 99 * 1024, 128, True, "False True"),
+        )
+        for kind in ("uniform", "variable", "skipping", "int8")
+        if kind != "int8" or device[0] in (80, 90)
     ],
 )
 def test_compiles_without_a_gpu(capability, shared_memory, head_dim, descriptors, expected, kind, tmp_path):
     """Expected: whether the code uses Hopper's warpgroup products, and whether it loads through TMA."""
-    flags = (kind == "variable", kind == "skipping")
+    flags = (kind == "variable", kind == "skipping", kind == "int8")
     arguments = (str(int(x)) for x in (capability, shared_memory, head_dim, descriptors, *flags))
     printed = run(COMPILED, *arguments, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
     assert printed.startswith(expected), printed

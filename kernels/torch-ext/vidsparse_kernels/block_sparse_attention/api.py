@@ -15,6 +15,7 @@ from ..block_mask import BlockMask
 from ..errors import UnsupportedBackendError
 
 BACKENDS = ("reference", "sdpa", "triton", "hopper", "flex", "flash4")
+QUANTIZERS = (None, "int8")
 MIN_TRITON_HOPPER = (3, 6)
 """The first version whose Gluon compiles the kernel."""
 
@@ -29,6 +30,7 @@ def block_sparse_attention(
     scale: float | None = None,
     key_bias: Tensor | None = None,
     skip_threshold: float | None = None,
+    quantize: str | None = None,
     return_lse: Literal[False] = False,
     backend: str = "auto",
 ) -> Tensor: ...
@@ -44,6 +46,7 @@ def block_sparse_attention(
     scale: float | None = None,
     key_bias: Tensor | None = None,
     skip_threshold: float | None = None,
+    quantize: str | None = None,
     return_lse: Literal[True],
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
@@ -59,6 +62,7 @@ def block_sparse_attention(
     scale: float | None = None,
     key_bias: Tensor | None = None,
     skip_threshold: float | None = None,
+    quantize: str | None = None,
     return_lse: bool,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -73,6 +77,7 @@ def block_sparse_attention(
     scale: float | None = None,
     key_bias: Tensor | None = None,
     skip_threshold: float | None = None,
+    quantize: str | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -89,6 +94,9 @@ def block_sparse_attention(
             0: exact. A tile of keys is left out for a tile of queries when in each row its largest logit lies more
             than -ln(skip_threshold) below the largest one so far. The tiles are those of the backend, so backends
             differ. Inference only.
+        quantize: "int8" multiplies query and key as 8-bit integers, with one scale for each row of query and for each
+            128 keys at most, less the mean of the keys (SageAttention, arXiv:2410.02367); None does not. Weights and
+            values stay as they are. Inference only, blocks of uniform size, without key_bias, skip_threshold and LSE.
         return_lse: also return the logsumexp of the logits.
         backend: "auto" or one of `available_backends()`. "auto" takes what `select_backend` says.
 
@@ -118,7 +126,10 @@ def block_sparse_attention(
             f"`skip_threshold` {skip_threshold} has no backward, which would need the same decisions again; "
             "leave it out or use torch.no_grad()."
         )
-    case = _Case(query, key, value, block_mask, key_bias is not None, bool(skip_threshold), return_lse, requires_grad)
+    case = _Case(
+        query, key, value, block_mask, key_bias is not None, bool(skip_threshold), quantize, return_lse, requires_grad
+    )
+    _check_quantize(case)
     if backend == "auto":
         backend, _ = _select(case)
     else:
@@ -137,6 +148,8 @@ def block_sparse_attention(
                 from .forward import triton_forward
 
                 forward = partial(triton_forward, skip_threshold=skip_threshold)
+            if quantize is not None:
+                forward = partial(forward, quantize=quantize)
             if requires_grad:
                 from .autograd import differentiable
                 from .backward import triton_backward
@@ -168,9 +181,16 @@ def block_sparse_attention(
         else:
             from .reference import reference
 
+            dtype = query.dtype
+            if quantize is not None:
+                from .quantize import restored_query_key
+
+                query, key = restored_query_key(query, key, block_mask.kv_block_size)
+                value = value.float()
             out, lse = reference(
                 query, key, value, block_mask, scale=scale, key_bias=key_bias, skip_threshold=skip_threshold
             )
+            out = out.to(dtype)
     if return_lse:
         assert lse is not None
         return out, lse
@@ -185,13 +205,14 @@ def select_backend(
     *,
     key_bias: Tensor | None = None,
     skip_threshold: float | None = None,
+    quantize: str | None = None,
     return_lse: bool = False,
     requires_grad: bool | None = None,
 ) -> tuple[str, str]:
     """Which backend "auto" takes for these arguments, and why, in words for a report.
 
     Args:
-        query, key, value, block_mask, key_bias, skip_threshold, return_lse: as for `block_sparse_attention`.
+        query, key, value, block_mask, key_bias, skip_threshold, quantize, return_lse: as for `block_sparse_attention`.
         requires_grad: whether gradients will be asked for; default: what autograd would record now.
 
     Returns:
@@ -199,9 +220,11 @@ def select_backend(
     """
     if requires_grad is None:
         requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    return _select(
-        _Case(query, key, value, block_mask, key_bias is not None, bool(skip_threshold), return_lse, requires_grad)
+    case = _Case(
+        query, key, value, block_mask, key_bias is not None, bool(skip_threshold), quantize, return_lse, requires_grad
     )
+    _check_quantize(case)
+    return _select(case)
 
 
 def available_backends() -> tuple[str, ...]:
@@ -225,11 +248,13 @@ class _Case:
         block_mask: BlockMask,
         has_bias: bool,
         skips: bool,
+        quantize: str | None,
         return_lse: bool,
         requires_grad: bool,
     ) -> None:
         self.query, self.key, self.value, self.block_mask = query, key, value, block_mask
         self.has_bias, self.skips, self.return_lse, self.requires_grad = has_bias, skips, return_lse, requires_grad
+        self.quantize = quantize
 
 
 def _select(case: _Case) -> tuple[str, str]:
@@ -263,6 +288,8 @@ def _obstacle(backend: str, case: _Case) -> str | None:
     """Why a backend cannot do a case, as the end of a sentence that starts with its name; None if it can."""
     if backend == "reference":
         return None
+    if case.quantize is not None and backend not in ("triton", "hopper"):
+        return f'does not take quantize="{case.quantize}"'
     if backend != "triton" and case.skips:
         return "does not take skip_threshold"
     if backend == "hopper" and case.block_mask.variable and case.has_bias:
@@ -305,7 +332,28 @@ def _obstacle_hopper(case: _Case) -> str | None:
         return f"needs Triton {'.'.join(map(str, MIN_TRITON_HOPPER))} or later, got {triton.__version__}"
     from .hopper import unsupported
 
+    if case.quantize is not None and case.query.shape[3] % 16:
+        return f"needs a head_dim that is a multiple of 16 for 8-bit numbers, got {case.query.shape[3]}"
     return unsupported(case.query, case.key, case.block_mask)
+
+
+def _check_quantize(case: _Case) -> None:
+    if case.quantize is None:
+        return
+    if case.quantize not in QUANTIZERS:
+        raise ValueError(f'`quantize` must be None or "int8", got "{case.quantize}".')
+    obstacles = {
+        "gradients": case.requires_grad,
+        "`key_bias`": case.has_bias,
+        "`skip_threshold`": case.skips,
+        "`return_lse`": case.return_lse,
+        "blocks of variable size": case.block_mask.variable,
+    }
+    for name, there in obstacles.items():
+        if there:
+            raise UnsupportedBackendError(
+                f'`quantize` "{case.quantize}" does not go with {name}; leave one of them out.'
+            )
 
 
 def _check_arguments(

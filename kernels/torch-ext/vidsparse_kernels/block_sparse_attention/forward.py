@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from ..block_mask import BlockMask
 from .configs import MIN_DESCRIPTOR_FLOPS, ForwardConfig, forward_config, padded_head_dim
+from .quantize import scale_block
+from .quantize_kernel import quantize_query_key
 from .tiles import MAX_TOKENS, own_tiles, tile_lists
 
 try:
@@ -25,7 +28,7 @@ LOG2_E = 1.4426950408889634
 SHAPE_INTEGERS = [
     "counts_stride_b", "counts_stride_h", "indices_stride_b", "indices_stride_h", "indices_stride_m",
     "bias_stride_b", "bias_stride_h", "own_stride_b", "own_stride_h",
-    "num_heads", "group_size", "seq_len_q", "seq_len_kv", "num_q_tiles",
+    "num_heads", "group_size", "seq_len_q", "seq_len_kv", "num_q_tiles", "num_scales",
 ]  # fmt: skip
 """What Triton may not compile into the kernel, so that one compilation serves every shape."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -88,10 +91,11 @@ def _listed_tiles(indices_ptr, count, seq_len, BLOCK: tl.constexpr, TILE: tl.con
 
 @triton.jit
 def _attend(
-    acc, peak, mass, q, key, value, bias_ptr, batch, kv_head, start_n, end_n, voters, qk_scale_log2, skip_log2,
+    acc, peak, mass, q, key, value, bias_ptr, batch, kv_head, start_n, end_n, voters, row_scale, key_scale_ptr, qk_scale_log2, skip_log2,
     key_stride_s, key_stride_d, value_stride_s, value_stride_d,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, RAGGED: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, RAGGED: tl.constexpr, SKIP: tl.constexpr, SCALE_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over the keys start_n .. start_n + BLOCK_N, where RAGGED up to end_n; base 2."""
     k = _load_tile(
@@ -99,7 +103,13 @@ def _attend(
         HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS, RAGGED,
     )  # fmt: skip
     # [BLOCK_M, BLOCK_N]
-    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if SCALE_BLOCK:
+        # The scales of rows and keys take the place of the softmax scale.
+        logits = tl.dot(q, tl.trans(k), out_dtype=tl.int32).to(tl.float32)
+        logits *= (row_scale * tl.load(key_scale_ptr + start_n // SCALE_BLOCK))[:, None]
+        qk_scale_log2 = 1.0
+    else:
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     columns = start_n + tl.arange(0, BLOCK_N)
     if RAGGED:
         # Most tiles are whole: a branch costs less than the selects.
@@ -113,7 +123,7 @@ def _attend(
         logits = logits * qk_scale_log2 + (bias.to(tl.float32) * 1.4426950408889634)[None, :]
         tile_peak = tl.max(logits, 1)
     else:
-        tile_peak = tl.max(logits, 1) * qk_scale_log2
+        tile_peak = tl.max(logits, 1) * qk_scale_log2  # pyright: ignore[reportOperatorIssue]
     if SKIP:
         # The comparison fails where both are -inf: nothing is lost.
         votes = voters & (tile_peak - peak >= skip_log2)
@@ -163,22 +173,24 @@ def _accumulate(
 @triton.jit(do_not_specialize=SHAPE_INTEGERS)
 def block_sparse_forward_kernel(
     query, key, value, out, lse_ptr, counts_ptr, indices_ptr, bias_ptr, own_blocks_ptr, own_tiles_ptr,
+    query_scale_ptr, key_scale_ptr,
     query_stride_b, query_stride_s, query_stride_h, query_stride_d,
     key_stride_b, key_stride_s, key_stride_h, key_stride_d,
     value_stride_b, value_stride_s, value_stride_h, value_stride_d,
     out_stride_b, out_stride_s, out_stride_h,
     counts_stride_b, counts_stride_h, indices_stride_b, indices_stride_h, indices_stride_m,
     bias_stride_b, bias_stride_h, own_stride_b, own_stride_h,
-    num_heads, group_size, seq_len_q, seq_len_kv, num_q_tiles, qk_scale_log2, skip_log2,
+    num_heads, group_size, seq_len_q, seq_len_kv, num_q_tiles, num_scales, qk_scale_log2, skip_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, RAGGED_KV: tl.constexpr, HAS_BIAS: tl.constexpr,
     STORE_LSE: tl.constexpr, DESCRIPTORS: tl.constexpr, VARIABLE: tl.constexpr, SKIP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SCALE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head over their listed kv-blocks; query, key, value, out are pointers or descriptors.
 
     VARIABLE: own_blocks and own_tiles are the tiles of queries, counts and indices the lists of tiles of keys, packed
     as in `tiles`; out is then a pointer, because a descriptor would also write the rows past the end of a tile.
+    SCALE_BLOCK: 0, or query and key are int8 and so many keys share a scale.
     Descriptors also read the values past the end of a run, with weight 0: they must be finite.
     """
     program = tl.program_id(0)
@@ -214,6 +226,11 @@ def block_sparse_forward_kernel(
         HEAD_DIM, BLOCK_M, BLOCK_D, DESCRIPTORS, True,  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
     tokens = start_m + tl.arange(0, BLOCK_M)
+    row_scale = 0.0
+    if SCALE_BLOCK:
+        query_scale_ptr += (wide_batch * num_heads + wide_head) * seq_len_q
+        row_scale = tl.load(query_scale_ptr + tokens, mask=tokens < end_m, other=1.0) * qk_scale_log2
+        key_scale_ptr += (wide_batch * (num_heads // group_size) + wide_kv_head) * num_scales
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # [BLOCK_M], peak in base 2
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -233,9 +250,9 @@ def block_sparse_forward_kernel(
             end_n = seq_len_kv
         acc, peak, mass = _attend(
             acc, peak, mass, q, key, value, bias_ptr, batch, kv_head,
-            start_n, end_n, tokens < end_m, qk_scale_log2, skip_log2,
+            start_n, end_n, tokens < end_m, row_scale, key_scale_ptr, qk_scale_log2, skip_log2,
             key_stride_s, key_stride_d, value_stride_s, value_stride_d,
-            HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, RAGGED, SKIP, PRECISION,
+            HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, RAGGED, SKIP, SCALE_BLOCK, PRECISION,
         )  # fmt: skip
 
     acc = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
@@ -262,6 +279,7 @@ def triton_forward(
     key_bias: Tensor | None,
     return_lse: bool,
     skip_threshold: float | None = None,
+    quantize: str | None = None,
     config: ForwardConfig | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the kernel; inference only.
@@ -274,6 +292,7 @@ def triton_forward(
         key_bias: fp32 `[B|1, H|1, seq_len_kv]`, natural-log units, or None.
         return_lse: whether to compute the LSE.
         skip_threshold: None or 0: exact; else tiles of block_m x block_n of the config are left out as in `reference`.
+        quantize: "int8" multiplies query and key as integers, without key_bias, LSE, skipping, blocks with offsets.
         config: tile shape and variant; default: the table in `configs`.
 
     Returns:
@@ -295,6 +314,11 @@ def triton_forward(
     if key_bias is not None:
         bias = key_bias if key_bias.stride(-1) == 1 else key_bias.contiguous()
     block_d = padded_head_dim(head_dim)
+    query_scale = key_scale = counts
+    if quantize is not None:
+        query, query_scale, key, key_scale = quantize_query_key(query, key, scale_block(block_mask.kv_block_size))
+        # Rows of 8-bit numbers may end where TMA cannot start.
+        config = replace(config, descriptors=config.descriptors and _tma_can_read(query) and _tma_can_read(key))
     arrays: list[Any] = [query, key, value, out]
     if config.descriptors:
         rows = (config.block_m, config.block_n, config.block_n, config.block_m)
@@ -306,17 +330,18 @@ def triton_forward(
     with torch.cuda.device_of(query):
         launch(
             *arrays, lse if return_lse else out, counts, indices, bias if bias is not None else out,
-            own_blocks, own_starts,
+            own_blocks, own_starts, query_scale, key_scale,
             *query.stride(), *key.stride(), *value.stride(), *out.stride()[:3],
             *_broadcast_strides(counts, 2), *_broadcast_strides(indices, 2), indices.stride(2),
             *(_broadcast_strides(bias, 2) if bias is not None else (0, 0)), *_broadcast_strides(own_starts, 2),
-            num_heads, num_heads // key.shape[2], seq_len_q, seq_len_kv, num_q_tiles, scale * LOG2_E,
+            num_heads, num_heads // key.shape[2], seq_len_q, seq_len_kv, num_q_tiles, key_scale.shape[-1],
+            scale * LOG2_E,
             math.log2(skip_threshold) if skip_threshold else -math.inf,
             HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             Q_BLOCK=block_mask.q_block_size, KV_BLOCK=block_mask.kv_block_size,
             RAGGED_KV=seq_len_kv % config.block_n != 0, HAS_BIAS=bias is not None, STORE_LSE=return_lse,
             DESCRIPTORS=config.descriptors, VARIABLE=block_mask.variable, SKIP=bool(skip_threshold),
-            PRECISION="ieee",
+            SCALE_BLOCK=scale_block(block_mask.kv_block_size) if quantize is not None else 0, PRECISION="ieee",
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse

@@ -37,6 +37,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..block_mask import BlockMask
 from .configs import padded_head_dim
 from .forward import LOG2_E, _broadcast_strides, _readable, _tma_can_read
+from .quantize_kernel import quantize_query_key
 from .runs import MAX_LIST
 from .tiles import MAX_TOKENS
 
@@ -62,6 +63,7 @@ BIAS_ALIGNMENT = 4
 RUNTIME_INTEGERS = [
     "counts_stride_b", "counts_stride_h", "indices_stride_b", "indices_stride_h", "indices_stride_m",
     "bias_stride_b", "bias_stride_h", "num_heads", "group_size", "seq_len_q", "seq_len_kv", "num_q_tiles", "num_work",
+    "num_key_tiles",
 ]  # fmt: skip
 """What Triton may not compile into the kernel, so that one compilation serves every shape."""
 
@@ -169,32 +171,47 @@ def _exp2_instructions():
     return "{ .reg .f32 x, n, f, p; .reg .b32 bits, mantissa; " + " ".join(lines) + " }"
 
 
+@gluon.jit
+def _scale_of(key_scales, indices, tile, TILES: gl.constexpr):
+    """Scale of the keys of a tile, and of the first one for all before it."""
+    tile = gl.maximum(tile, 0)
+    return gl.load(key_scales + gl.load(indices + tile // TILES) * TILES + tile % TILES)
+
+
 EXP2 = gl.constexpr(_exp2_instructions())
 EXP2_CONSTRAINTS = gl.constexpr(",".join(["=f"] * 8 + ["f"] * 8))
 
 
 @gluon.jit
 def _attend(
-    consumer: gl.constexpr, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, lists, biases,
+    consumer: gl.constexpr, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, lists, biases, scales,
     num_heads, seq_len_q, seq_len_kv, num_q_tiles, num_work, qk_scale_log2,
     Q_BLOCK: gl.constexpr, KV_BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr, RAGGED_KV: gl.constexpr, HAS_BIAS: gl.constexpr, LATE_P: gl.constexpr,
-    STORE_LSE: gl.constexpr, TURNS: gl.constexpr,
+    STORE_LSE: gl.constexpr, TURNS: gl.constexpr, QUANTIZED: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: 64 queries of each q tile over their list, from its end, so that a cut tile comes first and its
-    mask stays out of the loop."""
+    mask stays out of the loop.
+
+    QUANTIZED: products of query and key are integers, below 2^21, and become floating point numbers by adding the bits
+    of MAGIC = 1.5 * 2^23, whose last bit counts ones; MAGIC goes away again in the subtraction of the peak. A
+    conversion would go through the units that the exponentials need.
+    """
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = barriers
     bias_ptr, bias_stride_b, bias_stride_h = biases
-    DTYPE: gl.constexpr = q_smem.dtype
+    query_scale_ptr, key_scale_ptr, group_size, num_key_tiles = scales
+    DTYPE: gl.constexpr = o_smem.dtype
+    PRODUCT: gl.constexpr = gl.int32 if QUANTIZED else gl.float32
+    MAGIC: gl.constexpr = 12582912.0
     TILES: gl.constexpr = KV_BLOCK // BLOCK_N
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 32 if QUANTIZED else 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     s_columns: gl.constexpr = gl.SliceLayout(0, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     q = q_smem.index(consumer).reshape([64, BLOCK_D])
-    zeros = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
+    zeros = gl.zeros([64, BLOCK_N], PRODUCT, s_layout)
     base = 0
     turn = 0
     # Turns taken by this warpgroup.
@@ -217,8 +234,18 @@ def _attend(
         # [64], peak in base 2
         peak = gl.full([64], float("-inf"), gl.float32, s_rows)
         mass = gl.zeros([64], gl.float32, s_rows)
+        if QUANTIZED:
+            tokens = start_m + gl.arange(0, 64, s_rows)
+            query_scales = query_scale_ptr + (batch.to(gl.int64) * num_heads + head) * seq_len_q
+            row_scale = gl.load(query_scales + tokens, mask=tokens < seq_len_q, other=1.0) * qk_scale_log2
+            kv_row = batch.to(gl.int64) * (num_heads // group_size) + head // group_size
+            key_scales = key_scale_ptr + kv_row * num_key_tiles
         mbarrier.wait(q_full, turn & 1)
         if num_tiles > 0:
+            if QUANTIZED:
+                key_scale = _scale_of(key_scales, indices, num_tiles - 1, TILES)
+                # Read a tile ahead.
+                next_scale = _scale_of(key_scales, indices, num_tiles - 2, TILES)
             stage = base % STAGES
             mbarrier.wait(k_full.index(stage), (base // STAGES) & 1)
             k = k_smem.index(stage).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
@@ -235,11 +262,18 @@ def _attend(
                 # Where all logits are -inf, shifting by 0 keeps -inf - -inf out.
                 weights = gl.exp2(logits - gl.where(peak == float("-inf"), 0.0, peak)[:, None])
             else:
+                if QUANTIZED:
+                    logits = (logits + 0x4B400000).to(gl.float32, bitcast=True)
                 if RAGGED_KV:
                     columns = last_start + gl.arange(0, BLOCK_N, s_columns)
                     logits = gl.where((columns < seq_len_kv)[None, :], logits, float("-inf"))
-                peak = gl.max(logits, 1) * qk_scale_log2
-                weights = gl.exp2(logits * qk_scale_log2 - peak[:, None])
+                if QUANTIZED:
+                    factor = row_scale * key_scale
+                    peak = (gl.max(logits, 1) - MAGIC) * factor
+                    weights = gl.exp2(logits * factor[:, None] - (MAGIC * factor + peak)[:, None])
+                else:
+                    peak = gl.max(logits, 1) * qk_scale_log2
+                    weights = gl.exp2(logits * qk_scale_log2 - peak[:, None])
             mass = gl.sum(weights, 1)
             p = gl.convert_layout(weights.to(DTYPE), p_layout)
             for i in range(base + 1, base + num_tiles):
@@ -248,6 +282,9 @@ def _attend(
                 if HAS_BIAS:
                     tile = base + num_tiles - 1 - i
                     start = gl.load(indices + tile // TILES) * KV_BLOCK + (tile % TILES) * BLOCK_N
+                if QUANTIZED:
+                    key_scale = next_scale
+                    next_scale = _scale_of(key_scales, indices, base + num_tiles - 2 - i, TILES)
                 if TURNS:
                     # The first warpgroup's first turn is there from the start.
                     mbarrier.wait(turns.index(consumer), (taken & 1) ^ (1 - consumer))
@@ -272,8 +309,14 @@ def _attend(
                     weights = gl.exp2(logits - shift[:, None])
                     decay = gl.exp2(peak - shift)
                 else:
-                    new_peak = gl.maximum(peak, gl.max(logits, 1) * qk_scale_log2)
-                    weights = logits * qk_scale_log2 - new_peak[:, None]
+                    if QUANTIZED:
+                        logits = (logits + 0x4B400000).to(gl.float32, bitcast=True)
+                        factor = row_scale * key_scale
+                        new_peak = gl.maximum(peak, (gl.max(logits, 1) - MAGIC) * factor)
+                        weights = logits * factor[:, None] - (MAGIC * factor + new_peak)[:, None]
+                    else:
+                        new_peak = gl.maximum(peak, gl.max(logits, 1) * qk_scale_log2)
+                        weights = logits * qk_scale_log2 - new_peak[:, None]
                     if TURNS:
                         weights = gl.inline_asm_elementwise(EXP2, EXP2_CONSTRAINTS, [weights], gl.float32, True, 8)
                     else:
@@ -324,23 +367,22 @@ def _attend(
 
 @gluon.jit(do_not_specialize=RUNTIME_INTEGERS)
 def block_sparse_forward_hopper_kernel(
-    query, key, value, out, lse_ptr, counts_ptr, indices_ptr, bias_ptr,
+    query, key, value, out, lse_ptr, counts_ptr, indices_ptr, bias_ptr, query_scale_ptr, key_scale_ptr,
     counts_stride_b, counts_stride_h, indices_stride_b, indices_stride_h, indices_stride_m,
     bias_stride_b, bias_stride_h,
-    num_heads, group_size, seq_len_q, seq_len_kv, num_q_tiles, num_work, qk_scale_log2,
+    num_heads, group_size, seq_len_q, seq_len_kv, num_q_tiles, num_work, num_key_tiles, qk_scale_log2,
     BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, Q_BLOCK: gl.constexpr, KV_BLOCK: gl.constexpr,
     STAGES: gl.constexpr, RAGGED_KV: gl.constexpr, HAS_BIAS: gl.constexpr, LATE_P: gl.constexpr,
-    STORE_LSE: gl.constexpr, TURNS: gl.constexpr,
+    STORE_LSE: gl.constexpr, TURNS: gl.constexpr, QUANTIZED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """128 queries of one head over their listed kv-blocks, q tile after q tile; query, key, value, out are
     descriptors."""
-    DTYPE: gl.constexpr = query.dtype
     # [stages, batch, head, token, dim]
-    q_smem = gl.allocate_shared_memory(DTYPE, [2, 1, 1, 64, BLOCK_D], query.layout)
-    o_smem = gl.allocate_shared_memory(DTYPE, [2, 1, 1, 64, BLOCK_D], out.layout)
-    k_smem = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, BLOCK_D], key.layout)
-    v_smem = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, BLOCK_D], value.layout)
+    q_smem = gl.allocate_shared_memory(query.dtype, [2, 1, 1, 64, BLOCK_D], query.layout)
+    o_smem = gl.allocate_shared_memory(out.dtype, [2, 1, 1, 64, BLOCK_D], out.layout)
+    k_smem = gl.allocate_shared_memory(key.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], key.layout)
+    v_smem = gl.allocate_shared_memory(value.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], value.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -364,17 +406,20 @@ def block_sparse_forward_hopper_kernel(
         counts_ptr, indices_ptr, counts_stride_b, counts_stride_h, indices_stride_b, indices_stride_h, indices_stride_m,
     )  # fmt: skip
     biases = bias_ptr, bias_stride_b, bias_stride_h
+    scales = query_scale_ptr, key_scale_ptr, group_size, num_key_tiles
     gl.warp_specialize(
         [
             (_attend, (
-                0, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, lists, biases,
+                0, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, lists, biases, scales,
                 num_heads, seq_len_q, seq_len_kv, num_q_tiles, num_work, qk_scale_log2,
                 Q_BLOCK, KV_BLOCK, BLOCK_N, BLOCK_D, STAGES, RAGGED_KV, HAS_BIAS, LATE_P, STORE_LSE, TURNS,
+                QUANTIZED,
             )),
             (_attend, (
-                1, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, lists, biases,
+                1, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, lists, biases, scales,
                 num_heads, seq_len_q, seq_len_kv, num_q_tiles, num_work, qk_scale_log2,
                 Q_BLOCK, KV_BLOCK, BLOCK_N, BLOCK_D, STAGES, RAGGED_KV, HAS_BIAS, LATE_P, STORE_LSE, TURNS,
+                QUANTIZED,
             )),
             (_load_tiles, (
                 query, key, value, q_smem, k_smem, v_smem, barriers, lists,
@@ -396,6 +441,7 @@ def hopper_forward(
     scale: float,
     key_bias: Tensor | None = None,
     return_lse: bool,
+    quantize: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the kernel; inference only.
 
@@ -408,6 +454,7 @@ def hopper_forward(
         key_bias: fp32 `[B|1, H|1, seq_len_kv]`, natural-log units, or None. Read in place where its rows start at
             multiples of 16 bytes.
         return_lse: whether to compute the LSE.
+        quantize: "int8" multiplies query and key as integers, without key_bias and LSE; None does not.
 
     Returns:
         Output like `query` (contiguous) and the fp32 LSE `[batch, num_heads, seq_len_q]` or None.
@@ -426,6 +473,9 @@ def hopper_forward(
             bias = F.pad(bias, (0, -seq_len_kv % BIAS_ALIGNMENT)).contiguous()
     block_d = padded_head_dim(head_dim)
     block_n = 128 if block_mask.kv_block_size % 128 == 0 else 64
+    query_scale = key_scale = counts
+    if quantize is not None:
+        query, query_scale, key, key_scale = quantize_query_key(query, key, block_n)
     num_q_tiles = triton.cdiv(seq_len_q, BLOCK_M)
     num_work = num_q_tiles * num_heads * batch
     num_programs = min(num_work, torch.cuda.get_device_properties(query.device).multi_processor_count)
@@ -434,14 +484,15 @@ def hopper_forward(
         launch(
             _descriptor(query, 64, block_d), _descriptor(key, block_n, block_d), _descriptor(value, block_n, block_d),
             _descriptor(out, 64, block_d), lse if lse is not None else counts, counts, indices,
-            bias if bias is not None else counts,
+            bias if bias is not None else counts, query_scale, key_scale,
             *_broadcast_strides(counts, 2), *_broadcast_strides(indices, 2), indices.stride(2),
             *((x // BIAS_ALIGNMENT for x in _broadcast_strides(bias, 2)) if bias is not None else (0, 0)),
-            num_heads, num_heads // key.shape[2], seq_len_q, seq_len_kv, num_q_tiles, num_work, scale * LOG2_E,
+            num_heads, num_heads // key.shape[2], seq_len_q, seq_len_kv, num_q_tiles, num_work,
+            triton.cdiv(seq_len_kv, block_n), scale * LOG2_E,
             BLOCK_D=block_d, BLOCK_N=block_n, Q_BLOCK=block_mask.q_block_size, KV_BLOCK=block_mask.kv_block_size,
             STAGES=num_stages(block_n, block_d), RAGGED_KV=seq_len_kv % block_n != 0, HAS_BIAS=bias is not None,
             LATE_P=block_d <= MAX_LATE_P, STORE_LSE=return_lse,
-            TURNS=block_d <= MAX_TURNS and block_n == 128 and bias is None,
+            TURNS=block_d <= MAX_TURNS and block_n == 128 and bias is None, QUANTIZED=quantize is not None,
             CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
@@ -489,6 +540,6 @@ def _descriptor(x: Tensor, block: int, block_d: int) -> TensorDescriptor:
     """Descriptor of `[batch, seq_len, num_heads, head_dim]` in the order batch, head, token, dim, tokens in tiles."""
     batch, seq_len, num_heads, head_dim = x.shape
     strides = [x.stride(d) if x.shape[d] > 1 else head_dim for d in (0, 2, 1)]
-    element = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int8: gl.int8}[x.dtype]
     layout = gl.NVMMASharedLayout.get_default_for([1, 1, block, block_d], element)
     return TensorDescriptor(x, [batch, num_heads, seq_len, head_dim], [*strides, 1], [1, 1, block, block_d], layout)
