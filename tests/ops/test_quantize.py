@@ -13,7 +13,7 @@ import torch
 
 from vidsparse_kernels import BlockMask, UnsupportedBackendError, block_sparse_attention, select_backend
 from vidsparse_kernels.block_sparse_attention.quantize import key_mean, quantize_reference, restored, scale_block
-from vidsparse_kernels.testing import make_block_mask, make_qkv, masked_attention_oracle
+from vidsparse_kernels.testing import assert_close_to_oracle, make_block_mask, make_qkv, masked_attention_oracle
 
 SOURCE_ROOT = Path(__file__).parents[2] / "kernels" / "torch-ext"
 
@@ -111,3 +111,52 @@ def test_kernels_in_the_interpreter() -> None:
     environment = {**os.environ, "PYTHONPATH": str(SOURCE_ROOT), "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+on_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+
+@pytest.fixture(params=[pytest.param("triton", marks=on_gpu), pytest.param("hopper", marks=on_gpu)])
+def gpu_backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "hopper" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    return request.param
+
+
+@pytest.mark.parametrize("kv_block_size", [64, 128])
+@pytest.mark.parametrize("head_dim", [48, 64, 80, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_kernels_on_a_gpu(gpu_backend: str, dtype: torch.dtype, head_dim: int, kv_block_size: int) -> None:
+    from vidsparse_kernels.block_sparse_attention.quantize_kernel import quantize_query_key
+
+    lengths = dict(seq_len_q=1000, seq_len_kv=777, batch=2)
+    query, key, value = make_qkv(
+        **lengths, num_heads=4, num_kv_heads=2, head_dim=head_dim, dtype=dtype, device="cuda", contiguous=False
+    )
+    mask = make_block_mask(
+        **lengths, num_heads=4, q_block_size=128, kv_block_size=kv_block_size, empty_rows=True, full_rows=True
+    ).to("cuda")
+    got = quantize_query_key(query, key, kv_block_size)
+    expected = quantize_reference(query, key, key_mean(key), kv_block_size)
+    for ours, theirs in zip(got, expected, strict=True):
+        if ours.dtype == torch.int8:
+            # A product that is halfway between two steps may be rounded once or twice.
+            assert (ours.int() - theirs.int()).abs().max() <= 1 and (ours != theirs).float().mean() < 1e-3
+        else:
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    out = block_sparse_attention(query, key, value, mask, quantize="int8", backend=gpu_backend)
+    query, key = restored(got, kv_block_size)
+    truth = masked_attention_oracle(query, key, value.float(), mask)[0]
+    eager = masked_attention_oracle(query, key, value, mask, dtype=dtype)[0]
+    assert_close_to_oracle(out, eager, truth)
+
+
+def test_what_is_not_finite_stays_visible_on_a_gpu(gpu_backend: str) -> None:
+    query, key, value = make_qkv(seq_len_q=512, num_heads=2, head_dim=64, dtype=torch.bfloat16, device="cuda")
+    query[0, 300, 1, 5] = float("nan")
+    mask = BlockMask.full(512, 512, q_block_size=128, kv_block_size=128).to("cuda")
+    out = block_sparse_attention(query, key, value, mask, quantize="int8", backend=gpu_backend)
+    assert out[0, 300, 1].isnan().all() and int(out.isnan().sum()) == 64
