@@ -17,7 +17,7 @@ from vidsparse.methods import processor_class
 from vidsparse.parts import LayerMemory, MemoryBudget, Selection, token_density
 from vidsparse.processors.context import AttentionContext
 from vidsparse.recipe import Recipe
-from vidsparse.selection.blocks import PooledSelector, forced_blocks
+from vidsparse.selection.blocks import PooledSelector, block_sizes, forced_blocks
 from vidsparse.selection.clusters import ClusterSelector
 from vidsparse_kernels import BlockMask
 from vidsparse_kernels.testing import masked_attention_oracle
@@ -585,3 +585,27 @@ def test_a_refresh_needs_no_more_room_than_one_state():
 def test_a_backend_that_is_asked_for_is_used():
     with pytest.raises(ValueError, match="nonsense"):
         vidsparse.sparse_attention(*tensors(), context_of("pisa"), backend="nonsense")
+
+
+def test_spread_prefers_blocks_whose_logits_differ():
+    """Two blocks of keys with the same mean: the one whose keys differ along the query is taken."""
+    layout = TokenLayout(LatentGrid(1, 32, 32))
+    q_size, kv_size = block_sizes(1024)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.zeros(1, 1024, 1, 16)
+    q[..., 0] = 1.0
+    k = torch.randn(1, 1024, 1, 16, generator=generator) * 0.01
+    wide = 1024 // kv_size - 3
+    signs = torch.tensor([1.0, -1.0]).repeat(kv_size // 2)
+    k[0, wide * kv_size : (wide + 1) * kv_size, 0, 0] += 3 * signs
+    # Along a channel that no query has, a spread changes nothing.
+    k[0, (wide - 2) * kv_size : (wide - 1) * kv_size, 0, 1] += 3 * signs
+    chosen = {}
+    for spread in (False, True):
+        selector = PooledSelector(layout, "cpu", 4 * kv_size / 1024, None, spread=spread)
+        context = make_context(layout, Recipe.from_options("pooled", density=0.2), "cpu")
+        chosen[spread] = selector.select(q, k, context).block_mask.to_dense()[0, 0]
+    rows = [row for row in range(1024 // q_size) if row != wide * kv_size // q_size]
+    assert chosen[True][rows, wide].all() and not chosen[False][rows, wide].all()
+    with pytest.raises(ConfigError, match="`spread` must be True or False, got 1"):
+        vidsparse.PooledProcessor(spread=1)

@@ -27,6 +27,7 @@ class PooledConfig:
         density: share of the key blocks of a row, in (0, 1]; default 0.25, or None with `top_p`.
         top_p: in (0, 1]: in place of a density, the fewest blocks whose softmax mass of pooled scores reaches it.
         sink_frames: first latent frames that every query sees, default 0.
+        spread: choose blocks by weight and spread of their logits, not by their means alone; default False.
         schedule: dense steps and layers; default a quarter of the steps and the first layer.
 
     Raises:
@@ -36,6 +37,7 @@ class PooledConfig:
     density: float | None = None
     top_p: float | None = None
     sink_frames: int = 0
+    spread: bool = False
     schedule: Schedule = field(default_factory=lambda: Schedule(dense_layers=1))
 
     def __post_init__(self) -> None:
@@ -46,6 +48,8 @@ class PooledConfig:
                 check_share(name, getattr(self, name))
         if not is_whole(self.sink_frames) or self.sink_frames < 0:
             raise ConfigError(f"`sink_frames` must be a whole number of at least 0, got {self.sink_frames!r}.")
+        if not isinstance(self.spread, bool):
+            raise ConfigError(f"`spread` must be True or False, got {self.spread!r}.")
 
     @property
     def share(self) -> float | None:
@@ -85,5 +89,5 @@ class PooledProcessor(SparseProcessor):
         from vidsparse.selection.blocks import PooledSelector
 
         config = self.config
-        selector = PooledSelector(layout, device, config.share, config.top_p, config.sink_frames)
+        selector = PooledSelector(layout, device, config.share, config.top_p, config.sink_frames, spread=config.spread)
         return Parts(selector=selector, density=config.share, overhead=POOL_OVERHEAD), None

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from vidsparse.methods.sparse_linear import SparseLinearConfig
 
-TRAINED_WITH = {"feature_map": "softmax", "coverage": "all", "skip": 0.0}
+TRAINED_WITH = {"feature_map": "softmax", "coverage": "all", "skip": 0.0, "spread": False}
 BLOCK_SIZES = 128, 64
 PREFIXES = ("net.", "model.", "module.")
 PUBLIC_NAME = re.compile(r"(.*?\.)(?:attn_op\.)?(?:local_attn\.)?proj_l\.(weight|bias)")

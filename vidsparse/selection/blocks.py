@@ -10,6 +10,7 @@ import torch
 
 from vidsparse.layout import TokenLayout
 from vidsparse.parts import Selection
+from vidsparse.selection.spread import spread_scores
 
 if TYPE_CHECKING:
     from vidsparse.processors.context import AttentionContext
@@ -55,6 +56,7 @@ class PooledSelector:
         top_p: least softmax mass of the pooled scores, or None; one of the two is given.
         sink_frames: first latent frames that every query sees.
         random_seed: choose at random with this seed in place of the scores; the same blocks in every step.
+        spread: choose by what the mean of a block loses (`selection.spread`), not by its mean alone.
         skip: share of the key blocks of a row, those with the lowest scores, that a correction leaves out as well.
     """
 
@@ -64,6 +66,7 @@ class PooledSelector:
     top_p: float | None
     sink_frames: int = 0
     random_seed: int | None = None
+    spread: bool = False
     skip: float = 0.0
 
     @cached_property
@@ -82,8 +85,11 @@ class PooledSelector:
 
         q_size, kv_size = self.sizes
         if self.random_seed is None:
-            q_pooled, k_pooled = pool_blocks(query, q_size)["mean"], pool_blocks(key, kv_size)["mean"]
-            scores = score_blocks(q_pooled, k_pooled)
+            q_pooled = pool_blocks(query, q_size)["mean"]
+            if self.spread:
+                scores = spread_scores(q_pooled, pool_blocks(key, kv_size, kinds=("mean", "max", "min")))
+            else:
+                scores = score_blocks(q_pooled, pool_blocks(key, kv_size)["mean"])
         else:
             # Drawn on the device of the calls, so that nothing is copied to it.
             generator = torch.Generator(query.device).manual_seed(self.random_seed * 10_007 + context.layer_index)
