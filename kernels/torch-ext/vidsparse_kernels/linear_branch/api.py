@@ -49,7 +49,7 @@ def linear_branch(
             `block_mask`; may overlap with it. Works with both coverages.
         eps: added to each denominator; None: what the public code of the coverage does, 1e-5 for "all", 0 for
             "non_selected". Rows without weight give 0.
-        backend: "auto" (the reference, for now), "reference" or "triton".
+        backend: "auto" (Triton on a GPU where it can, else the reference), "reference" or "triton".
 
     Returns:
         `[batch, seq_len_q, num_heads, head_dim]` in the dtype of `query`. Differentiable once in query, key and value
@@ -71,12 +71,11 @@ def linear_branch(
         excluded = skipped if excluded is None else excluded.union(skipped)
     if eps is None:
         eps = EPS[coverage]
-    obstacle = _obstacle(query, excluded) if backend == "triton" else None
+    obstacle = _obstacle(query, excluded)
     if backend == "auto":
-        # On an H200 four of the Triton kernels' 38 tests failed (wrong gradients, an illegal access). What was at fault
-        # is mended since, but the tests have not run on a GPU again: until they pass the kernels run only when asked for.
-        backend = "reference"
-    elif obstacle:
+        # The interpreter is for tests: it runs only when asked for by name.
+        backend = "reference" if obstacle or query.device.type == "cpu" else "triton"
+    elif backend == "triton" and obstacle:
         raise UnsupportedBackendError(
             f'backend "triton" {obstacle}; use backend="reference" or "auto" for this case.'
         )  # fmt: skip
