@@ -32,6 +32,7 @@ LATER: dict[str, Any] = {
     "rope_factor": None,
     "context_parallel": 1,
     "offload_activations": False,
+    "compile": False,
 }
 """Settings that checkpoints of an earlier version lack, with the values that mean what was meant then."""
 
@@ -83,6 +84,8 @@ class TrainConfig:
         ema: decay of the running average of the weights, which is what gets saved; 0 for none.
         gradient_checkpointing: compute activations again in the backward pass, to save memory.
         offload_activations: keep what `gradient_checkpointing` keeps, one input for each block, in the CPU's memory.
+        compile: compile the model's repeated blocks by torch.compile, for methods that do not select from query and key;
+            the log then lacks the density.
         dtype: "float32" or "bfloat16", of the frozen weights and of the arithmetic; LoRA weights are float32 always.
         device: "auto", "cpu" or "cuda".
         context_parallel: processes that share each sequence, for videos that outgrow one GPU (Ulysses, by diffusers);
@@ -142,6 +145,7 @@ class TrainConfig:
     ema: float = 0.0
     gradient_checkpointing: bool = True
     offload_activations: bool = False
+    compile: bool = False
     dtype: str = "bfloat16"
     device: str = "auto"
     context_parallel: int = 1
@@ -275,7 +279,9 @@ class DistillConfig(TrainConfig):
         stage: "sparsify": match the dense model's velocity at the same noisy latents; "few-step": match its
             distribution in a few steps (DMD2, arXiv 2405.14867), from prompts alone.
         steps: denoising steps of a few-step student.
-        teacher_guidance: guidance scale of the teacher in "few-step".
+        teacher_guidance: guidance scale of the teacher, default 4 in "few-step" and 1 (none) in "sparsify". Above 1 in
+            "sparsify" the student learns the guided velocity (guidance distillation, arXiv 2210.03142, section 3.1): it
+            needs one forward a step in place of two, and a few-step student may start from it (`init_lora`).
         critic_learning_rate: of the critic's LoRA.
         student_every: the student is updated in every so many-th step, the critic in all.
         (all others): as in `TrainConfig`.
@@ -285,7 +291,7 @@ class DistillConfig(TrainConfig):
 
     stage: str = "sparsify"
     steps: int = 4
-    teacher_guidance: float = 4.0
+    teacher_guidance: float | None = None
     critic_learning_rate: float = 2e-4
     student_every: int = 5
 
@@ -297,8 +303,13 @@ class DistillConfig(TrainConfig):
             if getattr(self, name) < 1:
                 raise ConfigError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for name in ("teacher_guidance", "critic_learning_rate"):
-            if not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"`{name}` must be above 0, got {getattr(self, name)}.")
+
+    @property
+    def guidance(self) -> float:
+        """The teacher's guidance scale."""
+        return self.teacher_guidance or (4.0 if is_few_step(self) else 1.0)
 
 
 def is_few_step(config: TrainConfig) -> bool:
@@ -309,6 +320,11 @@ def is_few_step(config: TrainConfig) -> bool:
 def few_steps(config: TrainConfig) -> int | None:
     """Denoising steps that the adapter is for, None where it does not matter."""
     return config.steps if isinstance(config, DistillConfig) and is_few_step(config) else None
+
+
+def without_guidance(config: TrainConfig) -> bool:
+    """Whether the student has learned the guided velocity, and is used without guidance."""
+    return isinstance(config, DistillConfig) and (is_few_step(config) or config.guidance != 1)
 
 
 T = TypeVar("T", bound=TrainConfig)

@@ -45,11 +45,12 @@ def train(config: DistillConfig, echo: Callable[[str], None] | None = None) -> P
 
 def sparsify_loss(session: Session, micro: int) -> Tensor:
     """Mismatch of the sparse student's velocity with the dense teacher's at the same noisy latents and text."""
+    assert isinstance(session.config, DistillConfig)
     _, clean, text = session.batch(micro)
     sigma = session.sample_sigma(len(clean), session.generator("sigma", micro))
     noisy = session.backbone.add_noise(clean, session.noise(clean.shape, micro), sigma)
     with session.roles.teacher():
-        target = session.backbone.velocity(noisy, sigma, text)
+        target = session.guided_velocity(noisy, sigma, text, session.config.guidance)
     return F.mse_loss(session.backbone.velocity(noisy, sigma, text), target)
 
 

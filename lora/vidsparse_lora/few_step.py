@@ -105,13 +105,8 @@ class FewStep:
         session, roles, velocity = self.session, self.session.roles, self.session.backbone.velocity
         clean, text = self.generate(micro, "student", with_grad=True)
         noisy, sigma, _ = self._noised(clean, micro, "student")
-        guidance = self.config.teacher_guidance
         with roles.teacher():
-            guided = velocity(noisy, sigma, text)
-            if guidance != 1:
-                empty = session.backbone.pad_text([session.empty_text] * len(text))
-                plain = velocity(noisy, sigma, empty)
-                guided = plain + guidance * (guided - plain)
+            guided = session.guided_velocity(noisy, sigma, text, self.config.guidance)
         real = to_clean(noisy, guided, sigma)
         roles.critic()
         with torch.no_grad():

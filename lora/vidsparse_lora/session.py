@@ -19,7 +19,7 @@ from vidsparse.methods import processor_class
 from vidsparse_lora.adapter import FILE_NAME, save_adapter, start_from
 from vidsparse_lora.checkpoint import Checkpoint, last_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
 from vidsparse_lora.checkpointing import OffloadedCheckpoint
-from vidsparse_lora.config import CLIPS, LengthExtensionConfig, TrainConfig, few_steps, is_few_step
+from vidsparse_lora.config import CLIPS, LengthExtensionConfig, TrainConfig, few_steps, is_few_step, without_guidance
 from vidsparse_lora.data import (
     SELF,
     Batch,
@@ -173,6 +173,10 @@ class Session:
             )
         if family.images and config.num_frames != (1,):
             raise ConfigError(f"{info.name!r} makes images; set `num_frames` to 1, got {list(config.num_frames)}.")
+        if family.from_image and without_guidance(config):
+            raise ConfigError(
+                f"`teacher_guidance` needs an empty prompt alone, and {info.name!r} has pictures too; use 1."
+            )
         if family.from_image and config.data.startswith(SELF):
             raise ConfigError(f"`data` 'self:' makes clips from prompts alone, and {info.name!r} needs pictures.")
         self.sizes = resolve_sizes(config, info)
@@ -373,6 +377,15 @@ class Session:
         image = None if batch.images is None else batch.images.to(self.device)
         return batch, *self.backbone.split(batch.latents.to(self.device), self.backbone.pad_text(texts), image)
 
+    def guided_velocity(self, noisy: Tensor, sigma: Tensor, text: Any, scale: float) -> Tensor:
+        """The velocity with classifier-free guidance, of whatever role is on."""
+        velocity = self.backbone.velocity(noisy, sigma, text)
+        if scale == 1:
+            return velocity
+        empty = self.backbone.pad_text([self.empty_text] * len(noisy))
+        plain = self.backbone.velocity(noisy, sigma, empty)
+        return plain + scale * (velocity - plain)
+
     def generator(self, purpose: str, micro: int, device: str | torch.device = "cpu") -> torch.Generator:
         """A random generator for one purpose of one forward."""
         return torch.Generator(device).manual_seed(seed_of(self.config.seed, purpose, self.position(micro)))
@@ -416,6 +429,12 @@ class Session:
                 optimized.to(self.device)
             trained = [p for optimized in self.optimized.values() for p in optimized.parameters]
             share_weights(transformer, shares, self.device, trained)
+        if self.config.compile:
+            if not getattr(transformer, "_repeated_blocks", None):
+                raise ConfigError(
+                    f"{type(transformer).__name__} cannot be compiled block by block; leave `compile` out."
+                )
+            transformer.compile_repeated_blocks()
 
     def _run(self, train_step: Callable[[], dict[str, Tensor]]) -> Path:
         self.resume()
@@ -487,7 +506,7 @@ class Session:
                 "num_frames": list(config.num_frames),
                 "sizes": [list(size) for size in self.sizes],
                 "num_inference_steps": few_steps(config),
-                "guidance_scale": 1.0 if is_few_step(config) else None,
+                "guidance_scale": 1.0 if without_guidance(config) else None,
                 "flow_shift": self.flow_shift,
                 "trained_steps": self.step,
                 "expert": config.expert,

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vidsparse_lora.config import CLIPS, few_steps
+from vidsparse_lora.config import CLIPS, few_steps, without_guidance
 from vidsparse_pipelines.clips import caption
 from vidsparse_pipelines.clips.grammar import ClipSpec, sample_split
 from vidsparse_pipelines.runfile import write_json
@@ -80,7 +80,7 @@ def generate(
     """Clips `[batch, 3, frames, height, width]` in [0, 1] by the pipeline, as it stands."""
     config, preset, pipe = session.config, session.backbone.info.preset, session.backbone.pipe
     few = few_steps(config)
-    guidance = config.validation_guidance or (1.0 if few else preset.guidance_scale)
+    guidance = config.validation_guidance or (1.0 if without_guidance(config) else preset.guidance_scale)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     length = {} if session.backbone.images else {"num_frames": num_frames}
     with torch.no_grad():

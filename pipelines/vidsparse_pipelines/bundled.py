@@ -22,3 +22,8 @@ def bundled_model_path(name: str = BUNDLED_MODEL) -> Path:
             "or give another model with --model (a hub id or a local diffusers folder)."
         )
     return path
+
+
+def bundled_adapters() -> dict[str, Path]:
+    """The adapters of the bundled model that ship with the package, by name; `docs/lora.md` has what they give."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "models" / "adapters").glob("*.safetensors"))}

@@ -9,6 +9,7 @@ from typing import Any
 
 from vidsparse.errors import ConfigError, ModelLoadError
 
+from .bundled import bundled_adapters
 from .rope import stretch_time
 from .weights import check_safetensors
 
@@ -65,9 +66,14 @@ def find_lora_file(path: str) -> Path | None:
         if local.suffix != ".safetensors":
             raise ModelLoadError(f"The LoRA file {path!r} is no .safetensors file.")
         return local
+    if path in bundled_adapters():
+        return bundled_adapters()[path]
     if path.count("/") == 1 and not path.startswith((".", "/", "~")):
         return None
-    raise ModelLoadError(f"The LoRA {path!r} does not exist; give a .safetensors file, its folder, or a hub id.")
+    raise ModelLoadError(
+        f"The LoRA {path!r} does not exist; give a .safetensors file, its folder, a hub id, or one that ships with the "
+        f"bundled model: {', '.join(bundled_adapters())}."
+    )
 
 
 def check_lora_files(specs: tuple[LoraSpec, ...]) -> None:
@@ -159,8 +165,9 @@ def settings_for(
             if asked_for is not None and not _equal(asked_for, training[name]):
                 made_for = words.format(training[name])
                 raise ConfigError(f"The LoRA {path!r} was trained for {made_for}, not {asked_for}.")
-        settings |= {"num_inference_steps": steps, "guidance_scale": training["guidance_scale"]}
-        settings["flow_shift"] = training["flow_shift"]
+        settings |= {"num_inference_steps": steps, "flow_shift": training["flow_shift"]}
+    if training.get("guidance_scale") is not None:
+        settings["guidance_scale"] = training["guidance_scale"]
     return {name: value for name, value in settings.items() if given.get(name) is None}, options, notes
 
 

@@ -67,7 +67,7 @@ def with_absolute_paths(settings: GenerateSettings) -> GenerateSettings:
     if settings.image is not None:
         changes["image"] = absolute(settings.image)
     changes["loras"] = tuple(
-        spec if find_lora_file(spec.path) is None else LoraSpec(absolute(spec.path), spec.scale)
+        LoraSpec(absolute(spec.path), spec.scale) if Path(spec.path).expanduser().exists() else spec
         for spec in settings.loras
     )
     return settings.with_(**changes)

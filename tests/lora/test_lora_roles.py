@@ -25,6 +25,7 @@ from vidsparse_lora.objective import (
 )
 from vidsparse_lora.roles import CRITIC, STUDENT
 from vidsparse_lora.session import Session
+from vidsparse_pipelines.lora import read_training
 
 Config = Callable[..., DistillConfig]
 
@@ -68,6 +69,23 @@ def test_untrained_student_at_density_1_is_the_teacher(distill: Config) -> None:
     assert sparsify_loss(start(distill()), 0).item() > 1e-4
     randomise(full, STUDENT)
     assert sparsify_loss(full, 0).item() > 1e-4
+
+
+def test_sparsify_with_guidance_learns_the_guided_velocity(distill: Config) -> None:
+    """Of an untrained dense student the loss is the guidance's own size, (scale - 1)^2 |v(text) - v(empty)|^2."""
+    dense = {"method": "dense", "method_options": {}, "caption_dropout": 0.0}
+    losses = {g: sparsify_loss(start(distill(**dense, teacher_guidance=g)), 0).item() for g in (2.0, 3.0)}
+    session = start(distill(**dense, teacher_guidance=2.0))
+    _, clean, text = session.batch(0)
+    sigma = session.sample_sigma(len(clean), session.generator("sigma", 0))
+    noisy = session.backbone.add_noise(clean, session.noise(clean.shape, 0), sigma)
+    empty = session.backbone.pad_text([session.empty_text] * len(clean))
+    velocity = session.backbone.velocity
+    expected = (velocity(noisy, sigma, text) - velocity(noisy, sigma, empty)).square().mean().item()
+    assert expected > 1e-6
+    assert losses[2.0] == pytest.approx(expected, rel=1e-4) and losses[3.0] == pytest.approx(4 * expected, rel=1e-4)
+    training = read_training(str(session.save_adapter()))
+    assert training is not None and training["guidance_scale"] == 1.0 and training["num_inference_steps"] is None
 
 
 def test_critic_that_is_the_teacher_gives_no_gradient(distill: Config) -> None:

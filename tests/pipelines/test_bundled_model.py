@@ -15,10 +15,15 @@ from typing import Any
 import pytest
 import torch
 
+from vidsparse.errors import ModelLoadError
 from vidsparse_pipelines import bundled_model_path
+from vidsparse_pipelines.bundled import BUNDLED_MODEL, bundled_adapters
 from vidsparse_pipelines.clips import render, sample_params, vocabulary
 from vidsparse_pipelines.clips.grammar import sample_split
 from vidsparse_pipelines.clips.metrics import psnr
+from vidsparse_pipelines.load import load_pipeline
+from vidsparse_pipelines.lora import LoraSpec, find_lora_file, load_loras, settings_for
+from vidsparse_pipelines.model_info import inspect_model
 
 MEBIBYTE = 2**20
 
@@ -76,3 +81,18 @@ def test_vae_reconstructs_late_frames_as_well_as_early_ones(folder: Path) -> Non
     out = torch.cat([vae.decode(vae.encode(c[None]).latent_dist.mode()).sample for c in clips])
     assert psnr(out[:, :, :9], clips[:, :, :9]).mean() > 30
     assert psnr(out[:, :, -9:], clips[:, :, -9:]).mean() > 30
+
+
+def test_adapters_that_ship_fit_and_say_how_they_are_used() -> None:
+    assert set(bundled_adapters()) == {"tiny-321", "tiny-4-steps"}
+    settings, options, _ = settings_for((LoraSpec("tiny-4-steps"),), {})
+    assert (settings["num_inference_steps"], settings["guidance_scale"], settings["sparse"]) == (4, 1.0, "radial")
+    assert options["density"] == 0.5 and options["warmup_steps"] == 0
+    assert settings_for((LoraSpec("tiny-321"),), {})[0]["num_frames"] == 321
+    pipe = load_pipeline(inspect_model(BUNDLED_MODEL), dtype="float32", device="cpu", offload="none").pipe
+    before = pipe.transformer.blocks[0].attn1.to_q.weight.clone()
+    load_loras(pipe, (LoraSpec("tiny-4-steps", 0.5),))
+    layer = pipe.transformer.blocks[0].attn1.to_q
+    assert torch.equal(layer.base_layer.weight, before) and layer.lora_B["lora_0"].weight.abs().max() > 0
+    with pytest.raises(ModelLoadError, match="ships with the bundled model: tiny-321, tiny-4-steps"):
+        find_lora_file("tiny-5-steps")
