@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several processes share the cores: one thread each, in what they start too. Read when torch is first imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
