@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vidsparse.errors import ConfigError
 from vidsparse.methods import processor_class
+from vidsparse.processors.base import SparseProcessor
 from vidsparse_lora.adapter import FILE_NAME, save_adapter, start_from
 from vidsparse_lora.checkpoint import Checkpoint, last_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
 from vidsparse_lora.checkpointing import OffloadedCheckpoint
@@ -430,11 +431,24 @@ class Session:
             trained = [p for optimized in self.optimized.values() for p in optimized.parameters]
             share_weights(transformer, shares, self.device, trained)
         if self.config.compile:
-            if not getattr(transformer, "_repeated_blocks", None):
-                raise ConfigError(
-                    f"{type(transformer).__name__} cannot be compiled block by block; leave `compile` out."
-                )
+            self._check_compile()
             transformer.compile_repeated_blocks()
+
+    def _check_compile(self) -> None:
+        """Raises ConfigError where compiled blocks would fail or be wrong."""
+        processor = self.roles.handle.processor
+        static = processor.always_dense or type(processor).build_mask is not SparseProcessor.build_mask
+        why = None
+        if is_few_step(self.config):
+            why = "few-step runs the teacher between a student's forward and its backward pass, and a graph forgets which is which"
+        elif not static:
+            why = f"{self.config.method!r} selects from query and key, which a graph cannot differentiate"
+        elif self.distribution.together:
+            why = "it has not been made to go with weights or sequences that are shared out"
+        elif not getattr(self.backbone.transformer, "_repeated_blocks", None):
+            why = f"{type(self.backbone.transformer).__name__} has no repeated blocks"
+        if why is not None:
+            raise ConfigError(f"`compile` cannot be used here: {why}; leave it out.")
 
     def _run(self, train_step: Callable[[], dict[str, Tensor]]) -> Path:
         self.resume()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.utils.checkpoint
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vidsparse.errors import ConfigError
 from vidsparse_lora.checkpointing import OffloadedCheckpoint
 from vidsparse_lora.config import DistillConfig
-from vidsparse_lora.distill import sparsify_loss
+from vidsparse_lora.distill import sparsify_loss, train
 from vidsparse_lora.few_step import FewStep
 from vidsparse_lora.objective import (
     add_noise,
@@ -172,12 +174,41 @@ def test_checkpointed_gradients_are_plain_gradients(distill: Config, method: str
         found.append((loss.item(), gradients(session, STUDENT)))
     (plain_loss, plain), *others = found
     assert offloaded.moved == 1, "of two blocks the second one's input depends on weights"
-    assert len(plain) == 16 + 2 * (method == "sla")  # two layers; "sla" has a projection in each
+    assert len(plain) == 16 + 4 * (method == "sla")  # two layers; "sla" has a projection with its bias in each
     assert all(g.any() for g in plain.values())
     for loss, checkpointed_gradients in others:
         assert loss == plain_loss and plain.keys() == checkpointed_gradients.keys()
         for name, gradient in plain.items():
             assert torch.equal(gradient, checkpointed_gradients[name]), name
+
+
+def test_compiled_training_is_eager_training(distill: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+    compile_blocks, calls = WanTransformer3DModel.compile_repeated_blocks, []
+
+    def without_inductor(model: Any) -> None:
+        calls.append(model)
+        compile_blocks(model, backend="aot_eager")
+
+    monkeypatch.setattr(WanTransformer3DModel, "compile_repeated_blocks", without_inductor)
+    options = {"density": 0.5, "block_size": 16, "dense_layers": 1}
+    files = [
+        train(
+            distill(max_steps=2, method_options=options, compile=compiled, output_dir=str(tmp_path / str(compiled))),
+            quiet,
+        )
+        for compiled in (False, True)
+    ]
+    assert len(calls) == 1
+    eager, graphs = (load_file(file) for file in files)
+    assert all(torch.allclose(graphs[name], eager[name], atol=1e-6) for name in eager)
+    for changes, why in (
+        ({"stage": "few-step"}, "few-step runs the teacher between"),
+        ({"method": "pooled", "method_options": {"density": 0.5}}, "'pooled' selects from query and key"),
+    ):
+        with pytest.raises(ConfigError, match=f"`compile` cannot be used here: {why}"):
+            train(distill(compile=True, output_dir=str(tmp_path / "refused"), **changes), quiet)
 
 
 def test_targets_that_match_nothing(distill: Config) -> None:
