@@ -125,6 +125,33 @@ def test_runs_are_those_of_the_lists():
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+def test_no_program_takes_the_long_lists_of_every_head():
+    pytest.importorskip("triton")
+    from vidsparse_kernels.block_sparse_attention.runs import balanced_programs
+
+    def load(num_q_tiles, num_heads, programs):
+        """Of the busiest program over the mean of 132: four full lists a head, the others at a density of 0.2."""
+        tiles = range(num_q_tiles * num_heads)
+        loads = [0.0] * programs
+        for tile in tiles:
+            loads[tile % programs] += 1.0 if tile % num_q_tiles < 4 else 0.2
+        return max(loads) / (sum(loads) / 132)
+
+    # Flux at 2048 x 2048 has 132 q tiles, one for each multiprocessor of an H200.
+    assert load(132, 24, 132) > 4 and load(132, 24, balanced_programs(132, 24, 132)) < 1.3
+    for num_q_tiles in (36, 66, 131, 133, 264, 528):
+        programs = balanced_programs(num_q_tiles, 24, 132)
+        assert 124 <= programs <= 132 and load(num_q_tiles, 24, programs) < 1.5
+    # Wan at 480p and 720p, HunyuanVideo: as many as there are.
+    assert [balanced_programs(*shape, 132) for shape in ((256, 12), (591, 40), (931, 24), (3, 2))] == [
+        132,
+        132,
+        132,
+        6,
+    ]
+    assert balanced_programs(5, 3, 2) in (1, 2)
+
+
 on_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
     reason="needs a GPU of compute capability 9.0",

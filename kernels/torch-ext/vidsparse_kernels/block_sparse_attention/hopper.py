@@ -38,7 +38,7 @@ from ..block_mask import BlockMask
 from .configs import padded_head_dim
 from .forward import LOG2_E, _broadcast_strides, _readable, _tma_can_read
 from .quantize_kernel import quantize_query_key
-from .runs import MAX_LIST
+from .runs import MAX_LIST, balanced_programs
 from .tiles import MAX_TOKENS
 
 # Later versions of Triton name these differently.
@@ -478,7 +478,8 @@ def hopper_forward(
         query, query_scale, key, key_scale = quantize_query_key(query, key, block_n)
     num_q_tiles = triton.cdiv(seq_len_q, BLOCK_M)
     num_work = num_q_tiles * num_heads * batch
-    num_programs = min(num_work, torch.cuda.get_device_properties(query.device).multi_processor_count)
+    multiprocessors = torch.cuda.get_device_properties(query.device).multi_processor_count
+    num_programs = balanced_programs(num_q_tiles, num_heads * batch, multiprocessors)
     launch: Any = block_sparse_forward_hopper_kernel[(num_programs,)]
     with torch.cuda.device_of(query):
         launch(

@@ -46,7 +46,7 @@ from .hopper import (
     tma_load,
     warpgroup_barrier,
 )
-from .runs import block_runs, query_tiles
+from .runs import balanced_programs, block_runs, query_tiles
 
 # Later versions of Triton name this differently.
 _descriptor_class: Any = gl.shared_memory_descriptor
@@ -482,7 +482,8 @@ def packed_forward(
     block_d = padded_head_dim(head_dim)
     num_q_tiles = tiles.shape[-1]
     num_work = num_q_tiles * num_heads * batch
-    num_programs = min(num_work, torch.cuda.get_device_properties(query.device).multi_processor_count)
+    multiprocessors = torch.cuda.get_device_properties(query.device).multi_processor_count
+    num_programs = balanced_programs(num_q_tiles, num_heads * batch, multiprocessors)
     pieces = []
     for x in (key, value):
         described = [_rows_descriptor(x, rows) for rows in PIECES]

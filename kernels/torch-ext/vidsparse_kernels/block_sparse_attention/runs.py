@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -148,3 +149,37 @@ def query_tiles(block_mask: BlockMask, tile_size: int) -> tuple[Tensor, Tensor]:
                 )  # fmt: skip
         block_mask._cache[name] = blocks, tiles
     return block_mask._cache[name]
+
+
+FEWER = 8
+"""Multiprocessors that `balanced_programs` leaves idle at most."""
+LONG_ROWS, SHARE = 4, 0.2
+"""What it assumes of a mask: tiles of text, whose lists are full, and the density of the others."""
+
+
+@lru_cache
+def balanced_programs(num_q_tiles: int, num_heads: int, multiprocessors: int) -> int:
+    """Programs for a kernel in which each takes every n-th q tile, head after head, so that not always the same ones
+    take the long lists.
+
+    Tiles of text have full lists. With as many q tiles a head as multiprocessors (16,896 tokens on an H200) the same four
+    programs would take those of every head, and the call would last as long as dense attention. A few programs less and
+    they wander; that is done only where it saves a fifth, as masks without text would lose up to 6 %.
+
+    Args:
+        num_q_tiles: of a head.
+        num_heads: of all samples.
+        multiprocessors: of the GPU.
+    """
+
+    def busiest(programs: int) -> float:
+        long = [0] * programs
+        for head in range(num_heads):
+            for tile in range(min(LONG_ROWS, num_q_tiles)):
+                long[(head * num_q_tiles + tile) % programs] += 1
+        return (1 - SHARE) * max(long) + SHARE * num_q_tiles * num_heads / programs
+
+    if num_q_tiles * num_heads <= multiprocessors:
+        return num_q_tiles * num_heads
+    best = min(range(multiprocessors, max(0, multiprocessors - FEWER - 1), -1), key=busiest)
+    return best if busiest(best) < 0.8 * busiest(multiprocessors) else multiprocessors
