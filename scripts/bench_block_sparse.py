@@ -84,6 +84,9 @@ SECTIONS: tuple[tuple[str, tuple[int, int, int], str], ...] = (
     ),
 )
 """Direction, (tokens, heads, head_dim) and mask. FlexAttention comes last, because it takes long to compile."""
+INT8 = "hopper int8"
+"""The Hopper kernel with 8-bit query and key; making them is timed too."""
+MAX_INT8_ERROR = 0.03
 FLASH4_DENSE = "dense FlashAttention-4"
 MATRIX = "matrix product"
 MATRIX_SIZE = 8192
@@ -195,6 +198,10 @@ def is_exact(backend: str) -> bool:
         truth, _ = masked_attention_oracle(q, k, v, mask)
         eager, _ = masked_attention_oracle(q, k, v, mask, dtype=torch.bfloat16)
         assert_close_to_oracle(out, eager, truth, name=f"{backend}, head_dim {head_dim}")
+        if backend == "hopper":
+            out = block_sparse_attention(q, k, v, mask, backend=backend, quantize="int8")
+            error = float((out - truth).norm() / truth.norm())
+            assert error < MAX_INT8_ERROR, f"{INT8}, head_dim {head_dim}: relative error {error}"
     return True
 
 
@@ -235,6 +242,10 @@ def bench(
     for backend in backends:
         if (backend == "flex") == with_flex or (with_flex and backend == "hopper"):
             candidates[backend] = sparse_run(direction, backend, query, key, value, mask)
+    if "hopper" in backends and direction == "forward" and not with_flex:
+        candidates[INT8] = lambda: partial(
+            block_sparse_attention, query, key, value, mask, backend="hopper", quantize="int8"
+        )
     left, right = (torch.randn(MATRIX_SIZE, MATRIX_SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     runs: dict[str, Callable[[], Any]] = {MATRIX: lambda: left @ right}
     for name, make in candidates.items():
@@ -252,13 +263,14 @@ def bench(
     for name, samples in times.items():
         samples.sort()
         ms = samples[len(samples) // 2]
-        density = mask.token_density if name in BACKENDS else 1.0
+        sparse = name in (*BACKENDS, INT8)
+        density = mask.token_density if sparse else 1.0
         flops = (4 if direction == "forward" else 10) * seq_len**2 * head_dim * num_heads * density
         if name == MATRIX:
             flops = 2 * MATRIX_SIZE**3
         rows.append(
             {
-                "direction": direction, "kernel": name, "mask": mask_name if name in BACKENDS else "",
+                "direction": direction, "kernel": name, "mask": mask_name if sparse else "",
                 "section": mask_name, "seq_len": seq_len, "num_heads": num_heads, "head_dim": head_dim,
                 "density": round(density, 4), "ms": ms, "ms_p20": samples[len(samples) // 5],
                 "ms_p80": samples[len(samples) * 4 // 5], "tflops": flops / ms / 1e9,
