@@ -62,6 +62,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="JSON file to write, after every density")
     parser.add_argument("--public", type=Path, action="append", default=[], help="package of a thu-ml/SLA checkout")
     parser.add_argument("--shapes", default=",".join(SHAPES), help=f"of {', '.join(SHAPES)} (default: all)")
+    parser.add_argument("--no-flex", action="store_true", help="without FlexAttention, which takes long to compile")
     parser.add_argument("--seconds", type=float, default=150.0, help="start no further density after this time")
     arguments = parser.parse_args()
     if DEVICE == "cuda" and not torch.cuda.is_available():
@@ -89,7 +90,7 @@ def main() -> int:
             inputs = random_inputs(grid.num_tokens, num_heads)
             for density in DENSITIES:
                 if time.perf_counter() - started < arguments.seconds:
-                    rows += bench(name, grid, density, inputs, public)
+                    rows += bench(name, grid, density, inputs, public, not arguments.no_flex)
                 if arguments.output:
                     arguments.output.write_text(
                         json.dumps({"machine": machine, "errors": errors, "rows": rows}, indent=1) + "\n"
@@ -236,7 +237,7 @@ def in_float64(
 
 
 def bench(
-    shape: str, grid: LatentGrid, density: float, inputs: Tensors, public: dict[str, ModuleType]
+    shape: str, grid: LatentGrid, density: float, inputs: Tensors, public: dict[str, ModuleType], with_flex: bool
 ) -> list[dict[str, Any]]:
     """Rows of one shape and density, printed too."""
     query, key, value, grad = inputs
@@ -252,15 +253,17 @@ def bench(
     ours = calls["ours, all"][0]
     with torch.no_grad():
         ours(query, key, value)
-    flex_mask = to_flex_block_mask(ours.mask)
     compiled: Any = torch.compile(flex_attention, fullgraph=True, dynamic=False)
     options: dict[str, Any] = {"BLOCK_M": 128, "BLOCK_N": 64, "IS_DIVISIBLE": False, "FORCE_USE_FLEX_ATTENTION": True}
-    calls["flex"] = partial(compiled, block_mask=flex_mask, kernel_options=options), theirs, []
+    if with_flex:
+        flex_mask = to_flex_block_mask(ours.mask)
+        calls["flex"] = partial(compiled, block_mask=flex_mask, kernel_options=options), theirs, []
     if density == DENSITIES[0]:
         calls["dense, cuDNN"] = dense, theirs, []
 
     samples: dict[tuple[str, str], list[float]] = {}
-    failed: set[tuple[str, str]] = set()
+    # torch 2.11 finds no tiles for FlexAttention's backward in blocks of 128 x 64.
+    failed: set[tuple[str, str]] = {("flex", "backward")}
     for kind in ("gpu", "call", "gpu"):
         for name, (call, tensors, parameters) in calls.items():
             repeats = 3 if name.startswith("dense") else REPEATS

@@ -268,6 +268,7 @@ print("checked")
 
 COMPILED = """
 import sys, torch, triton
+from dataclasses import replace
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from vidsparse_kernels.block_sparse_attention.configs import backward_config, forward_config, padded_head_dim
@@ -317,7 +318,8 @@ compiled(
     backward.linear_backward_key_value_kernel, tiles, ("query_features", "scaled"), tiles.block_m, GROUP_SIZE=2,
     MEMBERS=2)
 # Without lists other branches are compiled.
-compiled(forward.linear_forward_kernel, ours, (), 0, lists=False)
+compiled(
+    forward.linear_all_kernel, replace(ours, block_m=forward.ALL_BLOCK_M, num_warps=forward.ALL_WARPS), (), 0, lists=False)
 compiled(backward.linear_backward_query_kernel, theirs.grad_query, (), 0, lists=False, GROUP_SIZE=1)
 compiled(backward.linear_backward_key_value_kernel, tiles, (), 0, lists=False, GROUP_SIZE=1, MEMBERS=1)
 """

@@ -55,6 +55,10 @@ TARGET_PROGRAMS = 512
 """Programs that the totals are split into: a few for each multiprocessor."""
 WHOLE_BLOCK = 128
 """Tokens per q-block and kv-block where there is no mask."""
+ALL_BLOCK_M, ALL_WARPS = 64, 4
+"""Tile of the kernel for all keys, and its warps: two programs share a multiprocessor of compute capability 9.0."""
+KEY_TOTAL_WARPS = 4
+"""Likewise two programs; totals of queries would spill in four warps."""
 MIN_SHARE = 1.0 / 64
 """A row that keeps less of its total weight than this is summed anew from the keys that count."""
 
@@ -396,6 +400,54 @@ def linear_forward_kernel(
         tl.store(rest + offsets, (acc - rounded.to(tl.float32)).to(rounded.dtype), mask=inside)
 
 
+@triton.jit(do_not_specialize=["num_heads", "group_size", "seq_len", "num_tiles", "tiles_each"])
+def linear_all_kernel(
+    query, out, rest, denominator_ptr, state_ptr, sum_ptr,
+    query_stride_b, query_stride_s, query_stride_h, query_stride_d,
+    out_stride_b, out_stride_s, out_stride_h,
+    num_heads, group_size, seq_len, num_tiles, tiles_each, state_scale, eps,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FEATURES: tl.constexpr,
+    STORE_REST: tl.constexpr,
+):  # fmt: skip
+    """tiles_each tiles of BLOCK_M queries of one head over all keys, in half precision; both parts of the state stay.
+
+    Arguments as for `linear_forward_kernel`, which would read the state, as large as 256 queries, for each of its tiles.
+    """
+    slot, head, batch = tl.program_id(0), tl.program_id(1) % num_heads, tl.program_id(1) // num_heads
+    wide_batch, wide_head = batch.to(tl.int64), head.to(tl.int64)
+    query += wide_batch * query_stride_b + wide_head * query_stride_h
+    out += wide_batch * out_stride_b + wide_head * out_stride_h
+    rest += wide_batch * out_stride_b + wide_head * out_stride_h
+    denominator_ptr += (wide_batch * num_heads + wide_head) * seq_len
+    kv_state = wide_batch * (num_heads // group_size) + wide_head // group_size
+    dims = tl.arange(0, BLOCK_D)
+    pointers = state_ptr + kv_state * 2 * BLOCK_D * BLOCK_D + dims[:, None] * BLOCK_D + dims[None, :]
+    # [BLOCK_D, BLOCK_D]
+    rounded_state = tl.load(pointers)
+    state_rest = tl.load(pointers + BLOCK_D * BLOCK_D)
+    key_sum = tl.load(sum_ptr + kv_state * BLOCK_D + dims)
+    for tile in tl.range(slot * tiles_each, tl.minimum((slot + 1) * tiles_each, num_tiles)):  # pyright: ignore[reportGeneralTypeIssues]
+        tokens = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        loaded = _load_columns(query, tokens, dims, seq_len, query_stride_s, query_stride_d, HEAD_DIM)
+        x = loaded.to(tl.float32)
+        peak, inverse = _statistics(x, dims, HEAD_DIM, FEATURES)
+        # [BLOCK_M, BLOCK_D]
+        a = _features(x, peak, inverse, dims, HEAD_DIM, FEATURES).to(loaded.dtype)
+        mass = tl.sum(a.to(tl.float32) * key_sum[None, :], 1)
+        acc = tl.dot(a, rounded_state)
+        acc = tl.dot(a, state_rest, acc)
+        # 0 marks rows without weight: their output and gradients are 0.
+        denominator = tl.where(mass > 0.0, mass + eps, 0.0)  # pyright: ignore
+        tl.store(denominator_ptr + tokens, denominator, tokens < seq_len)
+        acc *= tl.where(denominator > 0.0, (1.0 / state_scale) / denominator, 0.0)[:, None]
+        result = acc.to(loaded.dtype)
+        offsets = tokens.to(tl.int64)[:, None] * out_stride_s + dims[None, :]
+        inside = (tokens < seq_len)[:, None] & (dims < HEAD_DIM)[None, :]
+        tl.store(out + offsets, result, mask=inside)
+        if STORE_REST:
+            tl.store(rest + offsets, (acc - result.to(tl.float32)).to(loaded.dtype), mask=inside)
+
+
 def triton_forward(
     query: Tensor,
     key: Tensor,
@@ -437,6 +489,9 @@ def triton_forward(
         key_features = torch.empty(key.shape, dtype=key.dtype, device=key.device)
     state, key_sum = totals(key, value, key_features, feature_map=feature_map)
     state = in_parts(state, seq_len_kv, query.dtype)
+    if excluded is None and _state_stays(query):
+        _over_all_keys(query, out, rest, denominator, state, key_sum, feature_map, eps, keep_rest, seq_len_kv)
+        return out, denominator, state, key_sum, rest
     if config is None:
         config = config_for(query, key, value, excluded)
     q_block, kv_block = block_sizes(excluded)
@@ -465,6 +520,34 @@ def triton_forward(
             STORE_REST=keep_rest, PRECISION="ieee", num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out, denominator, state, key_sum, rest
+
+
+def _state_stays(query: Tensor) -> bool:
+    """Whether both parts of a state and two tiles of queries fit into shared memory (the interpreter has no limit)."""
+    if query.element_size() > 2:
+        return False
+    block_d = padded_head_dim(query.shape[3])
+    needed = 2 * (block_d + ALL_BLOCK_M) * block_d * query.element_size()
+    return query.device.type == "cpu" or needed <= _device_limits(query)[1]
+
+
+def _over_all_keys(
+    query: Tensor, out: Tensor, rest: Tensor, denominator: Tensor, state: Tensor, key_sum: Tensor,
+    feature_map: str, eps: float, keep_rest: bool, seq_len_kv: int,
+) -> None:  # fmt: skip
+    """Fill out, rest and denominator for coverage "all"."""
+    batch, seq_len, num_heads, head_dim = query.shape
+    block_d = padded_head_dim(head_dim)
+    num_tiles = triton.cdiv(seq_len, ALL_BLOCK_M)
+    tiles_each = max(1, triton.cdiv(num_tiles * num_heads * batch, TARGET_PROGRAMS))
+    launch: Any = linear_all_kernel[(triton.cdiv(num_tiles, tiles_each), num_heads * batch)]
+    with torch.cuda.device_of(query):
+        launch(
+            query, out, rest, denominator, state, key_sum, *query.stride(), *out.stride()[:3],
+            num_heads, num_heads // state.shape[1], seq_len, num_tiles, tiles_each, power_of_two(1.0 / seq_len_kv), eps,
+            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=ALL_BLOCK_M, FEATURES=feature_map, STORE_REST=keep_rest,
+            num_warps=ALL_WARPS, num_stages=2, enable_fp_fusion=True,
+        )  # fmt: skip
 
 
 @dataclass
@@ -544,7 +627,8 @@ def totals(
             chunks, queries.row_scale, queries.eps, MIN_SHARE,
             HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_V=columns, STEP=step, FEATURES=feature_map,
             QUERIES=is_query, STORE=features is not None, TOTALS=not only_features, PRECISION="ieee",
-            num_warps=8 if block_d >= 128 else 4, num_stages=2 if half else 1,
+            num_warps=8 if block_d > 128 or block_d == 128 and (is_query or not half) else KEY_TOTAL_WARPS,
+            num_stages=2 if half else 1,
         )  # fmt: skip
     return (state, total) if only_features else (state.sum(2), total.sum(2))
 
