@@ -41,6 +41,14 @@ gives each cluster tiles of its own and takes about 3."""
 TAIL_FACTOR = 1.2
 """With the pooled tail over without: 1.20 at a density of 0.16, 1.12 at 0.26, with 1,000 clusters (same file)."""
 
+LINEAR_TOKENS = 2100.0
+"""The linear branch over all keys and its projection as a share of a dense call, times its tokens: 0.062 and 0.021 at 32,760
+tokens of 12 heads and 75,600 of 10, so 2,020 and 1,590 (`2026-11-27-h200-sla.json`)."""
+
+LINEAR_FACTOR = 2.2
+"""With the linear branch over the keys that are not selected, which walks the selected blocks again, beside that: 2.0 to 2.2
+(same file)."""
+
 LARGE_WORK = 2e11
 """FLOPs of the dense call from which on the Hopper kernel runs; the portable one below."""
 

@@ -75,6 +75,7 @@ class SparseLinearProcessor(PooledProcessor):
     has_projection = True
 
     def parts(self, layout: TokenLayout, device: Any) -> tuple[Parts, str | None]:
+        from vidsparse.break_even import LINEAR_FACTOR, LINEAR_TOKENS
         from vidsparse.corrections.linear_branch import LinearBranch
         from vidsparse.selection.blocks import PooledSelector
 
@@ -82,7 +83,9 @@ class SparseLinearProcessor(PooledProcessor):
         assert isinstance(parts.selector, PooledSelector)
         selector = replace(parts.selector, skip=self.config.skip)
         branch = LinearBranch(self.config.feature_map, self.config.coverage)
-        return replace(parts, selector=selector, correction=branch), note
+        overhead = parts.overhead + LINEAR_TOKENS / layout.seq_len
+        factor = parts.factor * (LINEAR_FACTOR if self.config.coverage == "non_selected" else 1.0)
+        return replace(parts, selector=selector, correction=branch, overhead=overhead, factor=factor), note
 
 
 SLAProcessor = SparseLinearProcessor
