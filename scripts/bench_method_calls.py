@@ -115,6 +115,7 @@ class Call:
             selects=parts.selector is not None,
             overhead=parts.overhead,
             factor=parts.factor,
+            call_seconds=parts.call_seconds,
         )
         reached = mask.density if self.selection is None else float(self.selection.density)
         return {"density": round(reached, 3), "planned_density": round(density, 3), "estimate": round(cost, 3)}

@@ -24,22 +24,30 @@ block hides nothing of it (`2026-11-27-h200-models-compiled.json`: 3.42 ms, stoc
 POOL_OVERHEAD = 0.012
 """Pooling, scoring and selecting, as a share of a dense call (`2026-11-23-h200-block-selection.json`)."""
 
-BAND_OVERHEAD = 0.04
-"""Scores of 64 sampled rows: bytes of keys and weights in fp32 at 32,760 tokens and 12 heads; an estimate, not measured."""
+BAND_TOKENS = 2600.0
+"""Scores of sampled rows, as a share of a dense call times its tokens: 0.079 at 32,760 tokens, 0.029 at 75,600
+(`2026-11-27-h200-method-parts-in-turns.json`, as all that follow)."""
 
-CLUSTER_OVERHEAD = 3.5
+CLUSTER_OVERHEAD = 4.18
 """Clustering, selecting, permuting and restoring as a share of a dense call, times tokens over clusters (of queries and keys
-together). Measured at 75,600 tokens of 40 heads: 0.047 with 1,300 clusters, 0.064 with 2,300, so 2.7 and 2.1
-(`2026-11-27-h200-method-parts.json`). At 32,760 tokens of 12 heads two iterations of 0.55 ms (`-clustering.json` of that day)
-and 0.3 ms for the rest are 0.13 of 10.5 ms with 1,300 clusters, so 3.3; that call was not timed as a whole."""
+together). At 75,600 tokens of 40 heads 2.7 with 1,300 clusters and 2.1 with 2,300, at 32,760 of 12 heads 3.6 with 1,200; with
+the two that follow fitted to whole calls, so that none is estimated too low and none 1.35 times too high."""
 
-CLUSTER_FACTOR = 1.25
-"""Of clusters packed into full tiles over uniform blocks of the same density: 1.14 to 1.21 with 1,000 clusters of keys (75
-tokens in the mean), 1.34 with 2,000 (same file). Calls with a mask over keys, and other GPUs, run the portable kernel, which
-gives each cluster tiles of its own and takes about 3."""
+CLUSTER_CALL_SECONDS, CLUSTER_TAIL_CALL_SECONDS = 3.5e-3, 5.0e-3
+"""What a call with clusters, and with their tail, takes at least, on the host: 2.4 to 3.1 ms and 3.2 to 4.3 ms at lengths
+where the GPU waits for it (`2026-11-27-h200-method-calls.json`), and a share more, as that host differs from run to run."""
+
+PADDING_TOKENS = 13.9
+"""Clusters packed into full tiles take 1 + this over the keys of a cluster times as long as uniform blocks: 1.20 with 76, 1.34
+with 38, 1.42 to 1.46 with 33. Calls with a mask over keys, and other GPUs, run the portable kernel, which gives each cluster
+tiles of its own and takes about 3 times as long."""
+
+TAIL_OVERHEAD = 2.7
+"""The tail over clusters as a share of a dense call, times tokens over clusters of keys: measured 2.7, 2.2 (2,000
+clusters) and 3.5 in the three cases above."""
 
 TAIL_FACTOR = 1.2
-"""With the pooled tail over without: 1.20 at a density of 0.16, 1.12 at 0.26, with 1,000 clusters (same file)."""
+"""The tail over uniform blocks, with it over without: 1.14 to 1.22 at a density of 0.25."""
 
 LINEAR_TOKENS = 2100.0
 """The linear branch over all keys and its projection as a share of a dense call, times its tokens: 0.062 and 0.021 at 32,760
@@ -76,7 +84,13 @@ class CallShape:
 
 
 def relative_cost(
-    shape: CallShape, density: float, *, selects: bool = False, overhead: float = 0.0, factor: float = 1.0
+    shape: CallShape,
+    density: float,
+    *,
+    selects: bool = False,
+    overhead: float = 0.0,
+    factor: float = 1.0,
+    call_seconds: float = 0.0,
 ) -> float:
     """Estimated time of a sparse call over that of a dense one; above 1 dense is faster.
 
@@ -86,6 +100,7 @@ def relative_cost(
         selects: whether the call selects its blocks from query and key.
         overhead: of selecting and ordering, as a share of the dense call.
         factor: on the time of the sparse call, for padding and corrections.
+        call_seconds: what the call takes at least, if more than others that select or do not.
     """
     dense = shape.flops / (DENSE_FLOPS * min(1.0, shape.head_dim / FULL_HEAD_DIM))
     wide = shape.head_dim >= FULL_HEAD_DIM
@@ -93,4 +108,5 @@ def relative_cost(
         share = 0.03 + (0.95 if wide else 1.1) * density
     else:
         share = 0.05 + (1.85 if wide else 1.25) * density
-    return max((SELECT_CALL_SECONDS if selects else CALL_SECONDS) / dense, share * factor + overhead)
+    at_least = max(call_seconds, SELECT_CALL_SECONDS if selects else CALL_SECONDS)
+    return max(at_least / dense, share * factor + overhead)

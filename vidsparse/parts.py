@@ -159,6 +159,7 @@ class Parts:
         density: what a selector will take, where that is known before seeing q and k.
         overhead: estimated time of selecting and ordering, as a share of a dense call.
         factor: estimated time of the sparse call over that of uniform blocks without a correction.
+        call_seconds: what a call takes at least on the host, where that is more than usual.
     """
 
     block_mask: BlockMask | None = None
@@ -167,6 +168,7 @@ class Parts:
     density: float | None = None
     overhead: float = 0.0
     factor: float = 1.0
+    call_seconds: float = 0.0
 
     @property
     def is_static(self) -> bool:

@@ -129,7 +129,7 @@ class SemanticProcessor(SparseProcessor):
         self.config.clusters(grid.num_tokens)
 
     def parts(self, layout: TokenLayout, device: Any) -> tuple[Parts, str | None]:
-        from vidsparse.break_even import CLUSTER_FACTOR, CLUSTER_OVERHEAD
+        from vidsparse.break_even import CLUSTER_CALL_SECONDS, CLUSTER_OVERHEAD, PADDING_TOKENS
         from vidsparse.parts import Parts
         from vidsparse.selection.clusters import Clustering, ClusterSelector
 
@@ -140,7 +140,10 @@ class SemanticProcessor(SparseProcessor):
         note = f"{q_clusters} clusters of queries and {k_clusters} of keys in each head, for grid {layout.grid}"
         density = config.share
         overhead = CLUSTER_OVERHEAD * (q_clusters + k_clusters) / layout.grid.num_tokens
-        return Parts(selector=selector, density=density, overhead=overhead, factor=CLUSTER_FACTOR), note
+        factor = 1 + PADDING_TOKENS * k_clusters / layout.grid.num_tokens
+        return Parts(
+            selector=selector, density=density, overhead=overhead, factor=factor, call_seconds=CLUSTER_CALL_SECONDS
+        ), note
 
 
 SVG2Processor = SemanticProcessor

@@ -69,7 +69,7 @@ class SVG1Processor(PooledProcessor):
     config_class = SVG1Config
 
     def parts(self, layout: TokenLayout, device: Any) -> tuple[Parts, str | None]:
-        from vidsparse.break_even import BAND_OVERHEAD
+        from vidsparse.break_even import BAND_TOKENS
         from vidsparse.masks.bands import KINDS
         from vidsparse.parts import Parts
         from vidsparse.selection.bands import BandSelector
@@ -84,4 +84,4 @@ class SVG1Processor(PooledProcessor):
             )
         if config.kind is not None:
             return Parts(selector.masks[KINDS.index(config.kind)]), note
-        return Parts(selector=selector, density=sum(reached) / 2, overhead=BAND_OVERHEAD), note
+        return Parts(selector=selector, density=sum(reached) / 2, overhead=BAND_TOKENS / layout.seq_len), note

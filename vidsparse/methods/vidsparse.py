@@ -69,9 +69,11 @@ class VidsparseProcessor(SemanticProcessor):
     config_class = VidsparseConfig
 
     def parts(self, layout: TokenLayout, device: Any) -> tuple[Parts, str | None]:
-        from vidsparse.break_even import TAIL_FACTOR
+        from vidsparse.break_even import CLUSTER_TAIL_CALL_SECONDS, TAIL_OVERHEAD
         from vidsparse.corrections.pooled_tail import PooledTail
 
         parts, note = super().parts(layout, device)
         tail = PooledTail(self.config.first_order)
-        return replace(parts, correction=tail, factor=parts.factor * TAIL_FACTOR), note
+        _, k_clusters = self.config.clusters(layout.grid.num_tokens)
+        overhead = parts.overhead + TAIL_OVERHEAD * k_clusters / layout.grid.num_tokens
+        return replace(parts, correction=tail, overhead=overhead, call_seconds=CLUSTER_TAIL_CALL_SECONDS), note

@@ -142,7 +142,14 @@ class SparseProcessor(ABC):
         if device_type == "cuda":
             density = mask.density if mask is not None else parts.density or UNKNOWN_DENSITY
             selects = parts.selector is not None
-            cost = relative_cost(shape, density, selects=selects, overhead=parts.overhead, factor=parts.factor)
+            cost = relative_cost(
+                shape,
+                density,
+                selects=selects,
+                overhead=parts.overhead,
+                factor=parts.factor,
+                call_seconds=parts.call_seconds,
+            )
         elif device_type != "cpu":
             return None
         elif mask is None or not parts.is_static:
