@@ -358,6 +358,8 @@ def test_projection_of_an_adapter_is_taken_up(distill: Any, tiny_model: Path, tm
     tensors = load_file(lora)
     extra = {k: v for k, v in tensors.items() if k.endswith(".proj_l.lora_extra.weight")}
     assert len(extra) == 2 and all(v.any() for v in extra.values())
+    biases = [v for k, v in tensors.items() if k.endswith(".proj_l_bias.lora_extra.weight")]
+    assert len(biases) == 2 and all(v.ndim == 1 and v.any() for v in biases)
     with safe_open(lora, "pt") as file:
         metadata = file.metadata()
     without = tmp_path / "without.safetensors"
