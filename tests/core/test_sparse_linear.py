@@ -12,9 +12,12 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
 from vidsparse import LatentGrid, PooledProcessor, Recipe, SparseLinearProcessor, TokenLayout, make_context
 from vidsparse.attention import attend
+from vidsparse.corrections.linear_branch import LinearBranch
 from vidsparse.errors import ConfigError, ModelLoadError
 from vidsparse.methods.sla_weights import check_selection, from_public_names, load_public
 from vidsparse.methods.sparse_linear import SparseLinearConfig
+from vidsparse.parts import Parts
+from vidsparse_kernels import block_sparse_attention, linear_branch
 
 LAYOUT = TokenLayout(LatentGrid(4, 6, 10), text_after=7)
 ALWAYS: dict[str, Any] = dict(warmup_steps=0, dense_layers=0, min_tokens=0)
@@ -62,6 +65,24 @@ def test_skipped_blocks_count_in_neither_branch(coverage):
 def test_more_skipped_than_is_left_is_refused(skip, most):
     with pytest.raises(ConfigError, match=f"`skip` must be from 0 to {most}, .*got {re.escape(repr(skip))}"):
         SparseLinearConfig(density=0.4, skip=skip)
+
+
+@pytest.mark.parametrize("coverage", ["all", "non_selected"])
+def test_a_linear_branch_on_a_radial_mask(coverage):
+    """Parts of two methods in the one path: the mask of "radial", the correction of "sla"."""
+    layout = TokenLayout(LatentGrid(6, 8, 8), text_after=5, block_size=32)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, layout.seq_len, 2, 16, generator=generator).double() for _ in range(3))
+    context = make_context(layout, Recipe.from_options("radial", block_size=32), "cpu")
+    mask = context.parts.block_mask if context.parts is not None else None
+    assert mask is not None and mask.density < 0.9
+    projection = torch.nn.Linear(16, 16).double()
+    parts = Parts(block_mask=mask, correction=LinearBranch("softmax", coverage))
+    out, _ = attend(q, k, v, dataclasses.replace(context, parts=parts, projection=projection))
+    branch = linear_branch(q, k, v, mask, coverage=coverage)
+    want = block_sparse_attention(q, k, v, mask) + projection(branch)
+    torch.testing.assert_close(out, want, atol=1e-10, rtol=1e-8)
+    assert branch.abs().max() > 0.1
 
 
 def build() -> Any:
