@@ -16,7 +16,6 @@ from vidsparse.corrections.linear_branch import LinearBranch
 from vidsparse.errors import ConfigError, ModelLoadError
 from vidsparse.methods.sla_weights import check_selection, from_public_names, load_public
 from vidsparse.methods.sparse_linear import SparseLinearConfig
-from vidsparse.parts import Parts
 from vidsparse_kernels import block_sparse_attention, linear_branch
 
 LAYOUT = TokenLayout(LatentGrid(4, 6, 10), text_after=7)
@@ -74,10 +73,11 @@ def test_a_linear_branch_on_a_radial_mask(coverage):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, layout.seq_len, 2, 16, generator=generator).double() for _ in range(3))
     context = make_context(layout, Recipe.from_options("radial", block_size=32), "cpu")
-    mask = context.parts.block_mask if context.parts is not None else None
-    assert mask is not None and mask.density < 0.9
+    assert context.parts is not None and context.parts.block_mask is not None
+    mask = context.parts.block_mask
+    assert mask.density < 0.9
     projection = torch.nn.Linear(16, 16).double()
-    parts = Parts(block_mask=mask, correction=LinearBranch("softmax", coverage))
+    parts = dataclasses.replace(context.parts, correction=LinearBranch("softmax", coverage))
     out, _ = attend(q, k, v, dataclasses.replace(context, parts=parts, projection=projection))
     branch = linear_branch(q, k, v, mask, coverage=coverage)
     want = block_sparse_attention(q, k, v, mask) + projection(branch)
