@@ -280,6 +280,13 @@ PIPELINES |= {
         *IMAGE_SIZES,
         branches=("cond", "uncond"),
     ),
+    "SD3.5": Pipe(
+        "StableDiffusion3Pipeline",
+        prompts(9, pooled=True, guidance_scale=5.0),
+        *IMAGE_SIZES,
+        branches=("call 0",),
+        missing=THREE_ENCODERS,
+    ),
     "Z-Image": Pipe("ZImagePipeline", z_image_prompts, *IMAGE_SIZES, branches=("call 0",)),
     "Lumina 2": Pipe("Lumina2Pipeline", masked(), *IMAGE_SIZES, branches=("call 0", "call 1")),
     "PixArt": Pipe(
