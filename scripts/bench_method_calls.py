@@ -61,7 +61,8 @@ def timed(function: Any, calls: int, device: str) -> tuple[float, float]:
     if device == "cpu":
         before = time.perf_counter()
         function()
-        return ((time.perf_counter() - before) * 1000,) * 2
+        took = (time.perf_counter() - before) * 1000
+        return took, took
     torch.cuda.synchronize()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     before = time.perf_counter()

@@ -304,7 +304,7 @@ def run_case(name: str, case: Case, arguments: argparse.Namespace, deadline: flo
                 total = sum(case.repeats[key] * value for key, value in blocks.items()) / 1000
                 # On several GPUs the first block is where diffusers splits the tokens, so it cannot stand for the others.
                 part = next((n for n in PARTS if total / n < arguments.forward_seconds), None) if gpus == 1 else None
-                forward = None
+                forward, counts, expected = None, {}, 0.0
                 if agreed(part is not None and time.monotonic() + total / (part or 1) < deadline):
                     counts = {key: max(1, count // (part or 1)) for key, count in case.repeats.items()}
                     forward = whole_forward(model, counts, inputs, clock, compiled, short=total < 1)
