@@ -134,7 +134,9 @@ def forecast(
         notes.append(f"the density depends on the video; {density:g} is assumed for the time.")
     slow = None if processor.always_dense else processor.slow_reason(parts, call, rates.device_type, dtype)
     selects = parts.selector is not None
-    sparse_cost = rates.relative(call, density, selects=selects, overhead=parts.overhead, factor=parts.factor)
+    sparse_cost = rates.relative(
+        call, density, selects=selects, overhead=parts.overhead, factor=parts.factor, call_seconds=parts.call_seconds
+    )
     if not rates.is_gpu and parts.is_static and parts.block_mask is not None:
         from vidsparse_kernels.block_sparse_attention.sdpa import relative_cost as cost_on_cpu
 

@@ -48,14 +48,25 @@ class Rates:
     sparse_slope: float | None = None
 
     def relative(
-        self, shape: CallShape, density: float, *, selects: bool = False, overhead: float = 0.0, factor: float = 1.0
+        self,
+        shape: CallShape,
+        density: float,
+        *,
+        selects: bool = False,
+        overhead: float = 0.0,
+        factor: float = 1.0,
+        call_seconds: float = 0.0,
     ) -> float:
         """Time of a sparse call over that of the dense one; arguments as for `vidsparse.break_even.relative_cost`."""
         if self.sparse_share is None or self.sparse_slope is None:
-            return relative_cost(shape, density, selects=selects, overhead=overhead, factor=factor)
+            return relative_cost(
+                shape, density, selects=selects, overhead=overhead, factor=factor, call_seconds=call_seconds
+            )
         cost = (self.sparse_share + self.sparse_slope * density) * factor + overhead
         # What a call takes on the host, however little it computes.
-        return max(cost, relative_cost(shape, 0.0, selects=selects)) if self.is_gpu else cost
+        return (
+            max(cost, relative_cost(shape, 0.0, selects=selects, call_seconds=call_seconds)) if self.is_gpu else cost
+        )
 
     @property
     def is_gpu(self) -> bool:
