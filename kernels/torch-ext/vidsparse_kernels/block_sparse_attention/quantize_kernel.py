@@ -84,5 +84,7 @@ def _quantize(x: Tensor, mean: Tensor | None, rows: int) -> tuple[Tensor, Tensor
         launch(
             x, scale if mean is None else mean, numbers, scale, *x.stride(), num_heads, seq_len, num_blocks, SMALLEST,
             HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), ROWS=rows, IS_KEY=mean is not None, num_warps=4,
+            # A product and a sum rounded once would round some halves the other way than the specification.
+            enable_fp_fusion=False,
         )  # fmt: skip
     return numbers, scale
