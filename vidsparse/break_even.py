@@ -49,9 +49,9 @@ clusters) and 3.5 in the three cases above."""
 TAIL_FACTOR = 1.2
 """The tail over uniform blocks, with it over without: 1.14 to 1.22 at a density of 0.25."""
 
-LINEAR_TOKENS = 2100.0
-"""The linear branch over all keys and its projection as a share of a dense call, times its tokens: 0.062 and 0.021 at 32,760
-tokens of 12 heads and 75,600 of 10, so 2,020 and 1,590 (`2026-11-27-h200-sla.json`)."""
+LINEAR_TOKENS = 1800.0
+"""The linear branch over all keys and its projection as a share of a dense call, times its tokens: 0.052 and 0.018 at 32,760
+tokens of 12 heads and 75,600 of 10, so 1,710 and 1,390 (`2026-11-27-h200-sla-all-keys.json`)."""
 
 LINEAR_FACTOR = 2.2
 """With the linear branch over the keys that are not selected, which walks the selected blocks again, beside that: 2.0 to 2.2

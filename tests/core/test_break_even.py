@@ -69,7 +69,7 @@ MODELS = RESULTS / "2026-11-27-h200-models-compiled.json"
 PARTS = RESULTS / "2026-11-27-h200-method-parts.json"
 IN_TURNS = RESULTS / "2026-11-27-h200-method-parts-in-turns.json"
 CALLS = RESULTS / "2026-11-27-h200-method-calls.json"
-SLA = RESULTS / "2026-11-27-h200-sla.json"
+SLA = RESULTS / "2026-11-27-h200-sla-all-keys.json"
 
 
 def test_the_estimate_for_a_gpu_never_lets_a_slow_call_through():

@@ -215,7 +215,7 @@ def triton_tail(
         first_order: whether to add the first-order term.
         state: output (like `query`, any strides) and fp32 LSE `[batch, num_heads, seq_len_q]` to merge into, in place.
         config: tile shape and variant; default: `config_for`.
-        hopper: whether to use the kernel for Hopper GPUs, which is right there but not timed yet, so not the default; None:
+        hopper: whether to use the kernel for Hopper GPUs, which takes as long there, so it is not the default; None:
             wherever `hopper.unsupported` has nothing against it.
 
     Returns:
