@@ -134,7 +134,7 @@ def test_a_kept_state_needs_room_and_a_free_correction():
         torch.testing.assert_close(attend(*tensors(), at_step(context, step))[0], bare)
     assert budget.refused == 2
     with pytest.raises(ConfigError, match="would both stand for the dropped blocks"):
-        context_of("pisa", refresh_every=2, keep="state")
+        vidsparse.PisaProcessor(refresh_every=2, keep="state")
     with pytest.raises(ConfigError, match="needs `refresh_every` of at least 2"):
         vidsparse.PooledProcessor(keep="state")
     with pytest.raises(ConfigError, match="`keep` must be one of nothing, state, residual, got 'all'"):

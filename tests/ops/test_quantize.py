@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -132,7 +133,7 @@ def gpu_backend(request: pytest.FixtureRequest) -> str:
 def test_kernels_on_a_gpu(gpu_backend: str, dtype: torch.dtype, head_dim: int, kv_block_size: int) -> None:
     from vidsparse_kernels.block_sparse_attention.quantize_kernel import quantize_query_key
 
-    lengths = dict(seq_len_q=1000, seq_len_kv=777, batch=2)
+    lengths: dict[str, Any] = {"seq_len_q": 1000, "seq_len_kv": 777, "batch": 2}
     query, key, value = make_qkv(
         **lengths, num_heads=4, num_kv_heads=2, head_dim=head_dim, dtype=dtype, device="cuda", contiguous=False
     )

@@ -51,6 +51,7 @@ class PisaProcessor(PooledProcessor):
     """
 
     method = "pisa"
+    corrects = True
     config_class = PisaConfig
 
     def parts(self, layout: TokenLayout, device: Any) -> tuple[Parts, str | None]:

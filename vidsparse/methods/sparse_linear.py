@@ -71,6 +71,7 @@ class SparseLinearProcessor(PooledProcessor):
     """
 
     method = "sla"
+    corrects = True
     config_class = SparseLinearConfig
     has_projection = True
 

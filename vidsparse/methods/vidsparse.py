@@ -66,6 +66,7 @@ class VidsparseProcessor(SemanticProcessor):
     """
 
     method = "vidsparse"
+    corrects = True
     config_class = VidsparseConfig
 
     def parts(self, layout: TokenLayout, device: Any) -> tuple[Parts, str | None]:

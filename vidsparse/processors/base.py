@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vidsparse.break_even import CallShape
-from vidsparse.errors import UnboundProcessorError
+from vidsparse.errors import ConfigError, UnboundProcessorError
 from vidsparse.plan import Plan
 from vidsparse.recipe import Recipe
 from vidsparse.report import Report
@@ -48,9 +48,10 @@ class SparseProcessor(ABC):
     config_class: ClassVar[type]
     always_dense: ClassVar[bool] = False
     has_projection: ClassVar[bool] = False
+    corrects: ClassVar[bool] = False
+    """Whether the method has a correction for the dropped blocks, which then no schedule can keep anything of."""
 
     def __init__(self, recipe: Recipe | None = None, *, strict: bool = False, **options: Any) -> None:
-        from vidsparse.errors import ConfigError
         from vidsparse.processors.binding import install
 
         if recipe is None:
@@ -62,9 +63,17 @@ class SparseProcessor(ABC):
         if recipe.method != self.method:
             raise ConfigError(f"{type(self).__name__} takes recipes of {self.method!r}, got one of {recipe.method!r}.")
         self.recipe = recipe
+        if self.corrects and recipe.schedule.keep != "nothing":
+            raise self._two_corrections()
         self.strict = strict
         self._runs: list[weakref.ref[RunState]] = []
         install()
+
+    def _two_corrections(self) -> ConfigError:
+        return ConfigError(
+            f"`keep` {self.recipe.schedule.keep!r} and the correction of method {self.method!r} would both stand for the "
+            "dropped blocks; use one of them."
+        )
 
     @property
     def config(self) -> Any:
@@ -93,20 +102,16 @@ class SparseProcessor(ABC):
         """`parts`, with what the schedule keeps between steps.
 
         Raises:
-            ConfigError: the schedule keeps the dropped blocks' attention and the method has a correction of its own.
+            ConfigError: the schedule keeps the dropped blocks' attention and what was tuned has a correction of its own.
         """
         parts, note = self.parts(layout, device)
         keep = self.recipe.schedule.keep
         if keep == "nothing" or self.always_dense:
             return parts, note
         from vidsparse.corrections.kept_state import KeptState
-        from vidsparse.errors import ConfigError
 
         if parts.correction is not None:
-            raise ConfigError(
-                f"`keep` {keep!r} and the correction of method {self.method!r} would both stand for the dropped blocks; "
-                "use one of them."
-            )
+            raise self._two_corrections()
         return replace(parts, correction=KeptState(residual=keep == "residual")), note
 
     def build_mask(self, layout: TokenLayout, device: Any) -> tuple[BlockMask, str | None]:
@@ -186,7 +191,6 @@ class SparseProcessor(ABC):
         Raises:
             ConfigError: a number is below 1.
         """
-        from vidsparse.errors import ConfigError
 
         for name, value in (("num_steps", num_steps), ("num_layers", num_layers)):
             if value < 1:
