@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vidsparse.methods.pisa import PisaProcessor
     from vidsparse.methods.pooled import PooledProcessor
     from vidsparse.methods.radial import RadialConfig, RadialProcessor
+    from vidsparse.methods.radial_linear import RadialLinearProcessor
     from vidsparse.methods.semantic import SemanticProcessor, SVG2Processor
     from vidsparse.methods.sparse_linear import SLAProcessor, SparseLinearProcessor
     from vidsparse.methods.svg1 import SVG1Processor
@@ -31,6 +32,7 @@ _HOMES = {
     "PisaProcessor": "vidsparse.methods.pisa",
     "PooledProcessor": "vidsparse.methods.pooled",
     "RadialConfig": "vidsparse.methods.radial",
+    "RadialLinearProcessor": "vidsparse.methods.radial_linear",
     "RadialProcessor": "vidsparse.methods.radial",
     "Recipe": "vidsparse.recipe",
     "Report": "vidsparse.report",
@@ -54,6 +56,7 @@ __all__ = [
     "PisaProcessor",
     "PooledProcessor",
     "RadialConfig",
+    "RadialLinearProcessor",
     "RadialProcessor",
     "Recipe",
     "Report",

@@ -93,7 +93,7 @@ def make_options(labels: Sequence[str]) -> list[Option]:
     options = []
     for label in dict.fromkeys(labels):
         method = parse_recipe(label)
-        if method.name in (DENSE, "tuned", "sla") or "refresh_every" in method.options:
+        if method.name in (DENSE, "tuned", "sla", "radial-linear") or "refresh_every" in method.options:
             raise ConfigError(
                 f"{label!r} cannot be a choice: give a method such as radial or pooled, without what it reuses between "
                 "steps; dense always is one."

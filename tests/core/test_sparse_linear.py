@@ -12,7 +12,6 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
 from vidsparse import LatentGrid, PooledProcessor, Recipe, SparseLinearProcessor, TokenLayout, make_context
 from vidsparse.attention import attend
-from vidsparse.corrections.linear_branch import LinearBranch
 from vidsparse.errors import ConfigError, ModelLoadError
 from vidsparse.methods.sla_weights import check_selection, from_public_names, load_public
 from vidsparse.methods.sparse_linear import SparseLinearConfig
@@ -68,21 +67,27 @@ def test_more_skipped_than_is_left_is_refused(skip, most):
 
 @pytest.mark.parametrize("coverage", ["all", "non_selected"])
 def test_a_linear_branch_on_a_radial_mask(coverage):
-    """Parts of two methods in the one path: the mask of "radial", the correction of "sla"."""
+    """The mask of "radial", the correction of "sla", and with projections of zero the mask alone."""
     layout = TokenLayout(LatentGrid(6, 8, 8), text_after=5, block_size=32)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, layout.seq_len, 2, 16, generator=generator).double() for _ in range(3))
-    context = make_context(layout, Recipe.from_options("radial", block_size=32), "cpu")
+    context = make_context(layout, Recipe.from_options("radial-linear", block_size=32, coverage=coverage), "cpu")
+    radial = make_context(layout, Recipe.from_options("radial", block_size=32), "cpu")
     assert context.parts is not None and context.parts.block_mask is not None
     mask = context.parts.block_mask
     assert mask.density < 0.9
     projection = torch.nn.Linear(16, 16).double()
-    parts = dataclasses.replace(context.parts, correction=LinearBranch("softmax", coverage))
-    out, _ = attend(q, k, v, dataclasses.replace(context, parts=parts, projection=projection))
+    out, _ = attend(q, k, v, dataclasses.replace(context, projection=projection))
     branch = linear_branch(q, k, v, mask, coverage=coverage)
     want = block_sparse_attention(q, k, v, mask) + projection(branch)
     torch.testing.assert_close(out, want, atol=1e-10, rtol=1e-8)
     assert branch.abs().max() > 0.1
+    for parameter in projection.parameters():
+        torch.nn.init.zeros_(parameter)
+    out, _ = attend(q, k, v, dataclasses.replace(context, projection=projection))
+    torch.testing.assert_close(out, attend(q, k, v, radial)[0])
+    with pytest.raises(ConfigError, match="`coverage` must be one of all, non_selected, got 'some'"):
+        Recipe.from_options("radial-linear", coverage="some")
 
 
 def build() -> Any:

@@ -59,3 +59,10 @@ class LinearBranch:
         if bias is not None:
             bias = bias.to(branch.dtype)
         return out + torch.nn.functional.linear(branch, weight, bias)
+
+
+def branch_cost(seq_len: int, coverage: str) -> tuple[float, float]:
+    """What the branch adds to a call, as a share of dense attention, and the factor on the sparse attention's own time."""
+    from vidsparse.break_even import LINEAR_FACTOR, LINEAR_TOKENS
+
+    return LINEAR_TOKENS / seq_len, LINEAR_FACTOR if coverage == "non_selected" else 1.0

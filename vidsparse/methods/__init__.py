@@ -10,6 +10,7 @@ from vidsparse.methods.dense import DenseConfig, DenseProcessor
 from vidsparse.methods.pisa import PisaConfig, PisaProcessor
 from vidsparse.methods.pooled import PooledConfig, PooledProcessor
 from vidsparse.methods.radial import RadialConfig, RadialProcessor
+from vidsparse.methods.radial_linear import RadialLinearConfig, RadialLinearProcessor
 from vidsparse.methods.random import RandomConfig, RandomProcessor
 from vidsparse.methods.semantic import SemanticConfig, SemanticProcessor
 from vidsparse.methods.sparse_linear import SparseLinearConfig, SparseLinearProcessor
@@ -28,6 +29,7 @@ PROCESSORS: dict[str, type[SparseProcessor]] = {
     "svg1": SVG1Processor,
     "pisa": PisaProcessor,
     "sla": SparseLinearProcessor,
+    "radial-linear": RadialLinearProcessor,
     "pooled": PooledProcessor,
     "random": RandomProcessor,
     "dense": DenseProcessor,
@@ -66,6 +68,8 @@ __all__ = [
     "PooledConfig",
     "PooledProcessor",
     "RadialConfig",
+    "RadialLinearConfig",
+    "RadialLinearProcessor",
     "RadialProcessor",
     "RandomConfig",
     "RandomProcessor",

@@ -21,6 +21,13 @@ FEATURE_MAPS = ("softmax", "elu", "relu")
 COVERAGES = ("all", "non_selected")
 
 
+def check_branch(feature_map: str, coverage: str) -> None:
+    """Raises ConfigError for a linear branch that there is not."""
+    for name, value, allowed in (("feature_map", feature_map, FEATURE_MAPS), ("coverage", coverage, COVERAGES)):
+        if value not in allowed:
+            raise ConfigError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
+
+
 @dataclass(frozen=True)
 class SparseLinearConfig(PooledConfig):
     """Settings of the method "sla": those of "pooled", and
@@ -42,9 +49,7 @@ class SparseLinearConfig(PooledConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in (("feature_map", FEATURE_MAPS), ("coverage", COVERAGES)):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        check_branch(self.feature_map, self.coverage)
         most = 1.0 if self.share is None else 1.0 - self.share
         if isinstance(self.skip, bool) or not isinstance(self.skip, int | float) or not 0 <= self.skip <= most:
             raise ConfigError(
@@ -76,17 +81,21 @@ class SparseLinearProcessor(PooledProcessor):
     has_projection = True
 
     def parts(self, layout: TokenLayout, device: Any) -> tuple[Parts, str | None]:
-        from vidsparse.break_even import LINEAR_FACTOR, LINEAR_TOKENS
-        from vidsparse.corrections.linear_branch import LinearBranch
+        from vidsparse.corrections.linear_branch import LinearBranch, branch_cost
         from vidsparse.selection.blocks import PooledSelector
 
         parts, note = super().parts(layout, device)
         assert isinstance(parts.selector, PooledSelector)
         selector = replace(parts.selector, skip=self.config.skip)
         branch = LinearBranch(self.config.feature_map, self.config.coverage)
-        overhead = parts.overhead + LINEAR_TOKENS / layout.seq_len
-        factor = parts.factor * (LINEAR_FACTOR if self.config.coverage == "non_selected" else 1.0)
-        return replace(parts, selector=selector, correction=branch, overhead=overhead, factor=factor), note
+        overhead, factor = branch_cost(layout.seq_len, self.config.coverage)
+        return replace(
+            parts,
+            selector=selector,
+            correction=branch,
+            overhead=parts.overhead + overhead,
+            factor=parts.factor * factor,
+        ), note
 
 
 SLAProcessor = SparseLinearProcessor
