@@ -29,6 +29,7 @@ from evaluate_tiny_model import Sheet, versions
 import vidsparse
 from vidsparse_lora.validation import WINDOW, held_out_specs, measure
 from vidsparse_pipelines.clips import caption
+from vidsparse_pipelines.clips.checker import Share
 from vidsparse_pipelines.clips.metrics import psnr
 from vidsparse_pipelines.compare import bootstrap, parse_recipe
 from vidsparse_pipelines.load import load_pipeline
@@ -140,13 +141,13 @@ class Evaluation:
         return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
-def wilson(share: float, count: int) -> list[float]:
-    z = 1.959964
-    centre, spread = share + z * z / (2 * count), z * (share * (1 - share) / count + z * z / (4 * count**2)) ** 0.5
-    return [round((centre + sign * spread) / (1 + z * z / count), 4) for sign in (-1, 1)]
+def interval(share: float, count: int) -> list[float]:
+    """Wilson's 95 % interval of a share of `count` clips."""
+    return [round(v, 4) for v in Share(round(share * count), count).interval]
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Evaluate every row that time allows; returns the document of results.json."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="+")
@@ -182,8 +183,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         clips, report = evaluation.clips(row)
         figures = measure(clips.float() / 127.5 - 1, evaluation.specs, evaluation.device)
         if figures:
-            figures["adherence_first_wilson95"] = wilson(figures["adherence_first"], args.clips)
-            figures["adherence_last_wilson95"] = wilson(figures["adherence_last"], args.clips)
+            figures["adherence_first_wilson95"] = interval(figures["adherence_first"], args.clips)
+            figures["adherence_last_wilson95"] = interval(figures["adherence_last"], args.clips)
         base = next((name for name, other in made.items() if other.shape == clips.shape), None)
         if base is not None:
             for name, frames in (("psnr_early", WINDOW), ("psnr", clips.shape[2])):
