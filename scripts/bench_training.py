@@ -2,6 +2,7 @@
 
     python scripts/bench_training.py --output training.json
     python scripts/bench_training.py --cases tiny,tiny:sparse:offloaded --device cpu
+    torchrun --nproc-per-node 2 scripts/bench_training.py --cases wan-14b-321:sparse --output training.json
 
 A step is what `vidsparse train length-extension` does: forward under autocast, flow-matching loss, backward with
 gradient checkpointing, AdamW; LoRA of rank 32 on q, k, v and out of the self-attention, batch 1. Blocks are alike, and a
@@ -9,9 +10,11 @@ model holds one input per checkpointed block, so time and memory grow by the sam
 and one of two are measured, `block_*` is their difference, and `model_*` is one block plus as many differences as the
 real model has blocks beyond it. The cases `…-whole` measure all blocks, to check that. Text encoder and VAE are not on
 the GPU in training and not counted; no running average. `offloaded`: what is kept for each block waits in the CPU's
-memory (`offload_activations`); `compiled`: blocks by torch.compile (`compile`); `plain`: no gradient checkpointing. `attention_s` is one block's attention alone. The first step at each shape builds the mask and
-compiles kernels and is not counted, except for dense steps of more than `--long` seconds (expected from the shape),
-which are timed at once. What would not end within `--seconds` is left out, and said.
+memory (`offload_activations`); `compiled`: blocks by torch.compile (`compile`); `plain`: no gradient checkpointing.
+`attention_s` is one block's attention alone. The first step at each shape builds the mask and compiles kernels and is
+not counted, except for dense steps of more than `--long` seconds (expected from the shape), which are timed at once.
+What would not end within `--seconds` is left out, and said. `--profile` adds one more step of the first model, by kind of
+kernel. Under torchrun all processes share the sequence, as `context_parallel` does, and time and memory are of the first.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ import torch.nn.functional as F  # noqa: E402
 from vidsparse_kernels import block_sparse_attention  # noqa: E402
 from vidsparse_lora.checkpointing import OffloadedCheckpoint  # noqa: E402
 from vidsparse_lora.config import TrainConfig  # noqa: E402
+from vidsparse_lora.distribution import Distribution, share_sequences  # noqa: E402
 from vidsparse_lora.objective import add_noise, flow_loss  # noqa: E402
 from vidsparse_lora.roles import STUDENT, Roles  # noqa: E402
 
@@ -91,6 +95,7 @@ CASES = {
     "wan-1.3b-321-whole": small(81, counts=(30,)),
     "wan-14b-81-whole": large(21, counts=(40,)),
     "wan-14b-321-whole": large(81, counts=(40,)),
+    "wan-14b-321-720p": large(81, height=90, width=160),
     TINY: Shape(2, 64, 3, 5, 16, 20),
 }
 ORDER = (
@@ -99,8 +104,14 @@ ORDER = (
     "wan-1.3b-81:sparse:plain wan-14b-81:sparse:plain wan-14b-81-whole:sparse wan-14b-321-whole:sparse:offloaded "
     "wan-1.3b-321-whole:sparse wan-1.3b-81-whole:sparse wan-14b-321:sparse:compiled wan-14b-321:dense:compiled"
 ).split()
-MODES = ("checkpointed", "offloaded", "compiled", "plain")
 """Most important first."""
+MODES = ("checkpointed", "offloaded", "compiled", "plain")
+KINDS = {
+    "attention, backward": ("block_sparse_backward", "bprop", "flash_bwd", "bwd_dot", "bwd_convert"),
+    "attention, forward": ("block_sparse_forward", "fprop", "flash_fwd"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "xmma"),
+}
+"""Kinds of kernels by parts of their names; the first that fits."""
 
 
 def build(shape: Shape, count: int, device: torch.device, mode: str = MODES[0]) -> Any:
@@ -130,7 +141,13 @@ def build(shape: Shape, count: int, device: torch.device, mode: str = MODES[0]) 
 
 
 def make_step(
-    shape: Shape, count: int, sparse: bool, device: torch.device, rank: int, mode: str = MODES[0]
+    shape: Shape,
+    count: int,
+    sparse: bool,
+    device: torch.device,
+    rank: int,
+    mode: str = MODES[0],
+    shares: Distribution = Distribution(),  # noqa: B008 it is frozen
 ) -> tuple[Callable[[], None], Roles]:
     """One optimizer step as a function, its optimizer's state already there."""
     block = {"block_size": 16} if shape.heads == 2 else {}
@@ -148,6 +165,7 @@ def make_step(
     clean = torch.randn(1, 16, shape.frames, shape.height, shape.width, device=device)
     noise, text = torch.randn_like(clean), torch.randn(1, 512, 4096, device=device, dtype=torch.bfloat16)
     sigma = torch.tensor([0.7], device=device)
+    share_sequences(model, shares, device)
     if mode == "compiled":
         model.compile_repeated_blocks()
 
@@ -160,6 +178,7 @@ def make_step(
                 return_dict=False,
             )[0]
         flow_loss(velocity.float(), clean, noise).backward()
+        shares.reduce_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -179,6 +198,25 @@ def timed(step: Callable[[], None], device: torch.device) -> tuple[float, float]
     step()
     torch.cuda.synchronize()
     return time.perf_counter() - before, torch.cuda.max_memory_allocated() / GIB
+
+
+def profiled(step: Callable[[], None]) -> dict[str, Any]:
+    """Seconds of the GPU by kind of kernel in one step, and those of the ten longest by name."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    kinds: dict[str, float] = dict.fromkeys([*KINDS, "rest"], 0.0)
+    kernels = {event.key: event.self_device_time_total / 1e6 for event in profiler.key_averages()}
+    for name, seconds in kernels.items():
+        kind = next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "rest")
+        kinds[kind] += seconds
+    longest = sorted(kernels, key=lambda name: -kernels[name])[:10]
+    return {
+        "kinds_s": {kind: round(seconds, 4) for kind, seconds in kinds.items()},
+        "kernels_s": {name[:80]: round(kernels[name], 4) for name in longest},
+    }
 
 
 def clear(device: torch.device) -> None:
@@ -214,11 +252,20 @@ def attention_seconds(shape: Shape, roles: Roles, sparse: bool, device: torch.de
     return timed(step, device)[0]
 
 
-def measure(shape: Shape, sparse: bool, device: torch.device, rank: int, cold: bool, mode: str) -> dict[str, Any]:
+def measure(
+    shape: Shape,
+    sparse: bool,
+    device: torch.device,
+    rank: int,
+    cold: bool,
+    mode: str,
+    shares: Distribution = Distribution(),  # noqa: B008 it is frozen
+    profile: bool = False,
+) -> dict[str, Any]:
     """Rows of one shape; `cold`: no step before the one that is timed."""
-    seconds, peaks, density, attention_s = [], [], 1.0, 0.0
+    seconds, peaks, density, attention_s, kinds = [], [], 1.0, None, {}
     for count in shape.counts:
-        step, roles = make_step(shape, count, sparse, device, rank, mode)
+        step, roles = make_step(shape, count, sparse, device, rank, mode, shares)
         if not cold:
             step()
         each = [timed(step, device)]
@@ -233,17 +280,21 @@ def measure(shape: Shape, sparse: bool, device: torch.device, rank: int, cold: b
             # A compiled block under a checkpoint writes no report.
             assert mode == "compiled" or report.sparse_density == density, "no call ran sparse"
         if count == shape.counts[0]:
-            attention_s = attention_seconds(shape, roles, sparse, device)
+            if profile and device.type == "cuda":
+                kinds = profiled(step)
+            if shares.world == 1:
+                attention_s = attention_seconds(shape, roles, sparse, device)
         del step, roles, report
         clear(device)
     row: dict[str, Any] = {
         "tokens": shape.tokens,
         "pixel_frames": 4 * (shape.frames - 1) + 1,
         "density": round(density, 4),
-        "attention_s": round(attention_s, 4),
+        "attention_s": None if attention_s is None else round(attention_s, 4),
         "counts": list(shape.counts),
         "step_s": [round(s, 4) for s in seconds],
         "peak_gib": [round(m, 3) for m in peaks],
+        **kinds,
     }
     if len(shape.counts) == 1:
         return row
@@ -271,11 +322,20 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument(
         "--long", type=float, default=2.0, help="a dense step of more seconds is timed without one before"
     )
+    parser.add_argument("--profile", action="store_true", help="one more step, its GPU time by kind of kernel")
     arguments = parser.parse_args(given)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("This benchmark needs a CUDA GPU; --device cpu --cases tiny shows that it runs.", file=sys.stderr)
         return 2
     device = torch.device(arguments.device)
+    shares = Distribution()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        world = torch.distributed.get_world_size()
+        shares = Distribution(world, torch.distributed.get_rank(), sequence=world)
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
     result: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": "python scripts/bench_training.py " + " ".join(given if given is not None else sys.argv[1:]),
@@ -284,6 +344,7 @@ def main(given: list[str] | None = None) -> int:
         "commit": os.environ.get("VIDSPARSE_COMMIT", "unknown"),
         "rank": arguments.rank,
         "sparse": {"method": "radial", **RADIAL},
+        "processes": shares.world,
         "rows": [],
     }
     wanted = [
@@ -304,20 +365,24 @@ def main(given: list[str] | None = None) -> int:
         cold = expected > (10 if whole else arguments.long) and (whole or not sparse)
         needed = expected * (1 if cold else 2) + (5.0 if whole else 1.0) + 30.0 * (mode == "compiled")
         passed = time.monotonic() - STARTED
-        if device.type == "cuda" and passed + needed > arguments.seconds:
+        if device.type == "cuda" and shares.world == 1 and passed + needed > arguments.seconds:
             print(f"{name}, {way}, {mode}: not started at {passed:.1f} s, it would not end in time", flush=True)
             continue
         row: dict[str, Any] = {"case": name, "attention": way, "mode": mode}
         try:
-            row |= measure(shape, sparse, device, arguments.rank, cold, mode)
+            row |= measure(shape, sparse, device, arguments.rank, cold, mode, shares, arguments.profile)
         except torch.OutOfMemoryError as error:
             row["error"] = str(error).split("\n")[0][:200]
             clear(device)
         row["ended_at_s"] = round(time.monotonic() - STARTED, 1)
         result["rows"].append(row)
+        if shares.rank:
+            continue
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         if arguments.output:
             arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    if shares.world > 1:
+        torch.distributed.destroy_process_group()
     return 0
 
 
