@@ -200,7 +200,7 @@ def timed(step: Callable[[], None], device: torch.device) -> tuple[float, float]
     return time.perf_counter() - before, torch.cuda.max_memory_allocated() / GIB
 
 
-def profiled(step: Callable[[], None]) -> dict[str, Any]:
+def profiled(step: Callable[[], Any]) -> dict[str, Any]:
     """Seconds of the GPU by kind of kernel in one step, and those of the ten longest by name."""
     from torch.profiler import ProfilerActivity, profile
 

@@ -5,8 +5,9 @@
 
 Each row is LABEL=METHOD@FRAMES[x STEPS][g GUIDANCE], the model as it comes (`teacher=dense@81x30g4`), or LABEL=FILE, an
 adapter with the method, steps, guidance and frames of its header. Written are results.json (adherence by window of 81
-frames with Wilson 95 % intervals, drift, restart, seconds of denoising, PSNR of the early frames and of all against the
-first row of equal length) and a contact sheet, both after each row; the run ends within --seconds.
+frames with Wilson 95 % intervals, drift, restart, seconds of denoising, and on a GPU those of its kernels by kind, cross
+attention included, PSNR of the early frames and of all against the first row of equal length) and a contact sheet, both
+after each row; the run ends within --seconds.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench_training import profiled
 from evaluate_tiny_model import Sheet, versions
 
 import vidsparse
@@ -91,7 +93,7 @@ class Evaluation:
         return time.perf_counter()
 
     @torch.no_grad()
-    def clips(self, row: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any] | None]:
+    def clips(self, row: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
         """`[clips, 3, frames, height, width]` uint8 of one row on the CPU, and the attention report."""
         info = inspect_model(BUNDLED_MODEL)
         preset = info.preset
@@ -105,6 +107,22 @@ class Evaluation:
 
             pipe.scheduler = few_step_scheduler(pipe.scheduler.config.flow_shift)
         handle = vidsparse.apply(pipe, row["method"], **row["options"]) if row["method"] else None
+
+        def denoise(prompts: list[str], first: int) -> Any:
+            return pipe(
+                prompt=prompts,
+                height=preset.height,
+                width=preset.width,
+                num_frames=row["frames"],
+                num_inference_steps=row["steps"] or preset.num_inference_steps,
+                guidance_scale=row["guidance"] or preset.guidance_scale,
+                generator=[
+                    torch.Generator("cpu").manual_seed(self.args.seed + first + i) for i in range(len(prompts))
+                ],
+                max_sequence_length=preset.max_sequence_length,
+                output_type="latent",
+            ).frames
+
         found, self.seconds = [], 0.0
         batch = self.args.batch
         for start in range(-batch if self.device.type == "cuda" else 0, len(self.prompts), batch):
@@ -112,23 +130,17 @@ class Evaluation:
             at = max(start, 0)
             prompts = self.prompts[at : at + batch]
             before = self._now()
-            latents = pipe(
-                prompt=prompts,
-                height=preset.height,
-                width=preset.width,
-                num_frames=row["frames"],
-                num_inference_steps=row["steps"] or preset.num_inference_steps,
-                guidance_scale=row["guidance"] or preset.guidance_scale,
-                generator=[torch.Generator("cpu").manual_seed(self.args.seed + at + i) for i in range(len(prompts))],
-                max_sequence_length=preset.max_sequence_length,
-                output_type="latent",
-            ).frames
+            latents = denoise(prompts, at)
             if start >= 0:
                 self.seconds += self._now() - before
                 found.append(self._decode(pipe, latents))
-        report = None
+        report: dict[str, Any] = {}
         if handle is not None:
-            report = {"density": handle.report().sparse_density}
+            report["density"] = handle.report().sparse_density
+        if self.device.type == "cuda":
+            prompts = self.prompts[:batch]
+            kinds = profiled(lambda: denoise(prompts, 0))["kinds_s"]
+            report["kernel_seconds_per_clip"] = {kind: round(s / len(prompts), 5) for kind, s in kinds.items()}
         return torch.cat(found), report
 
     def _decode(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -195,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 figures[f"{name}_against_{base}"] = bootstrap(values)
         results[label] = {
             **row,
-            **(report or {}),
+            **report,
             **figures,
             "denoise_seconds_per_clip": round(evaluation.seconds / args.clips, 5),
         }
