@@ -30,13 +30,11 @@ kernel = hopper.block_sparse_forward_hopper_kernel
 stages = hopper.num_stages(block_n, head_dim)
 constants = dict(
     BLOCK_D=head_dim, BLOCK_N=block_n, Q_BLOCK=128, KV_BLOCK=block_n, STAGES=stages, RAGGED_KV=True,
-    HAS_BIAS=biased, LATE_P=head_dim <= hopper.MAX_LATE_P, STORE_LSE=not quantized,
-    QUANTIZED=quantized,
-    TURNS=head_dim <= hopper.MAX_TURNS and block_n == 128 and not biased,
+    HAS_BIAS=biased, STORE_LSE=not quantized, QUANTIZED=quantized, LARGEST_MASS=hopper.LARGEST_MASS,
     CONSUMER_REGISTERS=hopper.CONSUMER_REGISTERS, PRODUCER_REGISTERS=hopper.PRODUCER_REGISTERS)
 rows = dict(query=64, key=block_n, value=block_n, out=64)
 others = dict(lse_ptr="*fp32", counts_ptr="*i32", indices_ptr="*i32", bias_ptr="*fp32",
-    query_scale_ptr="*fp32", key_scale_ptr="*fp32", qk_scale_log2="fp32")
+    query_scale_ptr="*fp32", key_scale_ptr="*fp32", order_ptr="*i32", counter_ptr="*i32", qk_scale_log2="fp32")
 signature = {}
 for name in kernel.arg_names:
     if name in constants:
@@ -91,43 +89,18 @@ def test_compiles_without_a_gpu(head_dim, block_n, kind, tmp_path):
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")
-def test_the_polynomial_for_exponentials_is_as_near_as_it_says():
-    """The PTX for every eighth exponential, run instruction by instruction in fp32."""
-    from vidsparse_kernels.block_sparse_attention import hopper
+@pytest.mark.parametrize("q_block_size", [128, 256])
+def test_q_tiles_with_the_longest_lists_come_first_from_the_second_call_on(q_block_size):
+    from vidsparse_kernels.block_sparse_attention.hopper_schedule import longest_first
 
-    text = hopper.EXP2.value
-    assert text.count("ex2.approx.ftz.f32") == 7
-    x = torch.cat([torch.linspace(-126, 0, 100_001), torch.tensor([-1e30, -127.5, -126.0, -0.5, -1e-30, 0.0])])
-    registers: dict[str, torch.Tensor] = {"$15": x}
-
-    def operand(name: str) -> torch.Tensor:
-        if name.startswith("0f"):
-            return torch.tensor(int(name[2:], 16), dtype=torch.int64).to(torch.int32).view(torch.float32)
-        return registers[name] if name in registers else torch.tensor(int(name), dtype=torch.int32)
-
-    for line in text[text.index("max") : text.rindex("}")].split(";")[:-1]:
-        name, target, *sources = line.replace(",", " ").split()
-        a, *rest = (operand(source) for source in sources)
-        match name.split(".")[0]:
-            case "max":
-                result = torch.maximum(a, rest[0])
-            case "add":
-                result = a + rest[0]
-            case "sub":
-                result = a - rest[0]
-            case "fma":
-                result = (a.double() * rest[0].double() + rest[1].double()).float()
-            case "shl":
-                result = a << rest[0]
-            case "mov":
-                result = a.view(torch.int32) if target in ("bits", "mantissa") else a.view(torch.float32)
-            case other:
-                raise AssertionError(other)
-        registers[target] = result
-    result = registers["$7"].double()
-    assert float((result / torch.exp2(x.double()) - 1)[x > -125.5].abs().max()) < 7.6e-5
-    # What is smaller than fp32 has normal numbers for becomes the smallest of them, or zero.
-    assert float(result[x <= -125.5].max()) < 2**-125
+    mask = make_block_mask(seq_len_q=1300, q_block_size=q_block_size, num_heads=3, density=0.5, full_rows=True)
+    assert longest_first(mask, 128) is None
+    order = longest_first(mask, 128)
+    assert order is not None and order.shape == (1, 3, 11) and order.dtype == torch.int32
+    assert torch.equal(order.sort(-1).values, torch.arange(11, dtype=torch.int32).expand(1, 3, 11))
+    lengths = mask.kv_num_blocks.gather(-1, (order * 128 // q_block_size).long())
+    assert bool((lengths.diff(dim=-1) <= 0).all()) and bool((lengths.diff(dim=-1) < 0).any())
+    assert longest_first(mask, 128) is order
 
 
 def test_refused_without_a_gpu():
@@ -184,6 +157,37 @@ def test_more_q_tiles_than_multiprocessors():
         empty_rows=True, full_rows=True, device="cuda",
     )  # fmt: skip
     check(q, k, v, mask)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_logits_far_above_those_of_the_first_tile(head_dim, dtype):
+    """Lists are walked from their end: there the logits are small, and weights of the others overflow unless the tile is
+    done again with a running maximum."""
+    q, k, v = make_qkv(seq_len_q=3000, num_heads=3, head_dim=head_dim, dtype=dtype, device="cuda")
+    mask = make_block_mask(
+        seq_len_q=3000, q_block_size=128, kv_block_size=128, num_heads=3, density=0.6, full_rows=True, device="cuda"
+    )
+    # In some q tiles only, so that others follow and precede what comes again.
+    q[:, 700:1500] *= 8.0
+    k[:, :2000] *= 12.0
+    q[:, -100:] *= 8.0
+    check(q, k, v, mask)
+    check(q, k, v, mask, torch.randn(1, 3, 3000, device="cuda"))
+    # Sums that overflow although no weight does.
+    check(q, k, v * (2.0**100 if dtype == torch.bfloat16 else 16.0), mask)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_the_order_of_q_tiles_changes_no_bit():
+    q, k, v = make_qkv(seq_len_q=20_000, num_heads=2, dtype=torch.bfloat16, device="cuda")
+    dense = torch.rand(1, 2, 157, 157, device="cuda") < torch.linspace(0.05, 0.9, 157, device="cuda")[:, None]
+    mask = BlockMask.from_dense(dense, seq_len_q=20_000, seq_len_kv=20_000, q_block_size=128, kv_block_size=128)
+    first, *others = (block_sparse_attention(q, k, v, mask, backend="hopper") for _ in range(4))
+    assert all(torch.equal(first, other) for other in others)
 
 
 @pytest.mark.gpu

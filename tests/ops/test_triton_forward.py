@@ -92,7 +92,7 @@ block_d = padded_head_dim(head_dim)
 constants = dict(
     HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n, Q_BLOCK=128, KV_BLOCK=128,
     RAGGED_KV=True, HAS_BIAS=False, STORE_LSE=not quantized, DESCRIPTORS=config.descriptors, VARIABLE=bool(variable), SKIP=bool(skip),
-    SCALE_BLOCK=128 * quantized, PRECISION="ieee", query_stride_d=1, key_stride_d=1, value_stride_d=1)
+    SCALE_BLOCK=128 * quantized, REFINE=False, PRECISION="ieee", query_stride_d=1, key_stride_d=1, value_stride_d=1)
 tiles = dict(query=config.block_m, key=config.block_n, value=config.block_n, out=config.block_m)
 pointers = dict(
     lse_ptr="*fp32", bias_ptr="*fp32", counts_ptr="*i32", indices_ptr="*i32", own_blocks_ptr="*i32",

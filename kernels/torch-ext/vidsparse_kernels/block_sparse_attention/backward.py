@@ -26,8 +26,10 @@ from .configs import (
 from .forward import (
     LOG2_E,
     TensorDescriptor,
+    _add_product,
     _broadcast_strides,
     _descriptor,
+    _exp2,
     _listed_tiles,
     _load_tile,
     _own_rows,
@@ -88,24 +90,6 @@ def block_sparse_backward_rows_kernel(
 
 
 @triton.jit
-def _add_product(acc, low, a, b, REFINE: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + a b. REFINE: what that sum rounds off goes into `low`, with which the next product starts.
-
-    Products on the plain cores add one term at a time: without this all the tokens of all the heads of a group are one
-    chain, whose rounding grows with its length (Kahan 1965). As `low` is not a constant, the compiler cannot make the
-    chain one again by starting the product from `acc`.
-    """
-    if REFINE:
-        product = tl.dot(a, b, low, input_precision=PRECISION)
-        total = acc + product
-        low = product - (total - acc)
-        acc = total
-    else:
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    return acc, low
-
-
-@triton.jit
 def _add_grad_query(
     acc, low, mass, q, grad_o, lse, delta, key, value, bias_ptr, batch, kv_head, start_n, end_n, qk_scale_log2,
     key_stride_s, key_stride_d, value_stride_s, value_stride_d,
@@ -131,10 +115,10 @@ def _add_grad_query(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + columns, mask=columns < end_n, other=float("-inf"))
         logits = logits * qk_scale_log2 + (bias.to(tl.float32) * 1.4426950408889634)[None, :]
-        weights = tl.exp2(logits - lse[:, None])
+        weights = _exp2(logits - lse[:, None], REFINE)
     else:
         # Scaling inside the exponent lets the compiler fuse multiply and subtract.
-        weights = tl.exp2(logits * qk_scale_log2 - lse[:, None])
+        weights = _exp2(logits * qk_scale_log2 - lse[:, None], REFINE)
     grad_logits = weights * (grad_weights - delta[:, None])
     if RAGGED:
         # Past the end the logits are 0 or those of other blocks, whose weight can overflow. Most tiles are whole.
@@ -296,10 +280,10 @@ def _add_grad_key_value(
     logits = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     grad_weights = tl.dot(v, tl.trans(grad_o), input_precision=PRECISION)
     if HAS_BIAS:
-        weights = tl.exp2(logits * qk_scale_log2 + bias[:, None] - lse[None, :])
+        weights = _exp2(logits * qk_scale_log2 + bias[:, None] - lse[None, :], REFINE)
     else:
         # Scaling inside the exponent lets the compiler fuse multiply and subtract.
-        weights = tl.exp2(logits * qk_scale_log2 - lse[None, :])
+        weights = _exp2(logits * qk_scale_log2 - lse[None, :], REFINE)
     if REFINE:
         weights *= tl.load(inverse_ptr + rows, mask=rows < end_m, other=0.0)[None, :]
     acc_v, low_v = _add_product(acc_v, low_v, weights.to(grad_o.dtype), grad_o, REFINE, PRECISION)

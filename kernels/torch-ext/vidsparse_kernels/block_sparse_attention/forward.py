@@ -58,6 +58,46 @@ def _load_tile(
 
 
 @triton.jit
+def _exp2(x, EXACT: tl.constexpr):
+    """2^x. EXACT: within 1.4 units in the last place of fp32, where the special-function unit is up to 2 off and not the
+    same way in the backward as in the forward; for whole exponents it is exact."""
+    if EXACT:
+        # -inf would be -inf - -inf below.
+        x = tl.where(x < -160.0, -160.0, x)
+        whole = tl.floor(x + 0.5)
+        part = x - whole
+        # Least relative error over -0.5 .. 0.5 in degree 6: 1.9e-9.
+        power = part * 0.00015345810970757157 + 0.0013399930903688073
+        power = power * part + 0.009618489071726799
+        power = power * part + 0.05550328642129898
+        power = power * part + 0.24022646248340607
+        power = power * part + 0.6931471824645996
+        power = power * part + 1.0
+        result = power * tl.exp2(whole)
+    else:
+        result = tl.exp2(x)
+    return result
+
+
+@triton.jit
+def _add_product(acc, low, a, b, REFINE: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a b. REFINE: what that sum rounds off goes into `low`, with which the next product starts.
+
+    Products on the plain cores add one term at a time: without this all the tokens (in the backward of all the heads of
+    a group) are one chain, whose rounding grows with its length (Kahan 1965). As `low` is not a constant, the compiler
+    cannot make the chain one again by starting the product from `acc`.
+    """
+    if REFINE:
+        product = tl.dot(a, b, low, input_precision=PRECISION)
+        total = acc + product
+        low = product - (total - acc)
+        acc = total
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc, low
+
+
+@triton.jit
 def _own_rows(
     blocks_ptr, tiles_ptr, own, slot, seq_len,
     OWN: tl.constexpr, BLOCK: tl.constexpr, VARIABLE: tl.constexpr,
@@ -91,11 +131,11 @@ def _listed_tiles(indices_ptr, count, seq_len, BLOCK: tl.constexpr, TILE: tl.con
 
 @triton.jit
 def _attend(
-    acc, peak, mass, q, key, value, bias_ptr, batch, kv_head, start_n, end_n, voters, row_scale, key_scale_ptr, qk_scale_log2, skip_log2,
+    acc, low, peak, mass, q, key, value, bias_ptr, batch, kv_head, start_n, end_n, voters, row_scale, key_scale_ptr, qk_scale_log2, skip_log2,
     key_stride_s, key_stride_d, value_stride_s, value_stride_d,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr,
     DESCRIPTORS: tl.constexpr, RAGGED: tl.constexpr, SKIP: tl.constexpr, SCALE_BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    REFINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over the keys start_n .. start_n + BLOCK_N, where RAGGED up to end_n; base 2."""
     k = _load_tile(
@@ -128,46 +168,47 @@ def _attend(
         # The comparison fails where both are -inf: nothing is lost.
         votes = voters & (tile_peak - peak >= skip_log2)
         if tl.max(votes.to(tl.int32), 0) != 0:
-            acc, peak, mass = _accumulate(
-                acc, peak, mass, logits, tile_peak, value, batch, kv_head, start_n, end_n, qk_scale_log2,
+            acc, low, peak, mass = _accumulate(
+                acc, low, peak, mass, logits, tile_peak, value, batch, kv_head, start_n, end_n, qk_scale_log2,
                 value_stride_s, value_stride_d,
-                HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, RAGGED, PRECISION,
+                HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, RAGGED, REFINE, PRECISION,
             )  # fmt: skip
     else:
-        acc, peak, mass = _accumulate(
-            acc, peak, mass, logits, tile_peak, value, batch, kv_head, start_n, end_n, qk_scale_log2,
+        acc, low, peak, mass = _accumulate(
+            acc, low, peak, mass, logits, tile_peak, value, batch, kv_head, start_n, end_n, qk_scale_log2,
             value_stride_s, value_stride_d,
-            HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, RAGGED, PRECISION,
+            HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, RAGGED, REFINE, PRECISION,
         )  # fmt: skip
-    return acc, peak, mass
+    return acc, low, peak, mass
 
 
 @triton.jit
 def _accumulate(
-    acc, peak, mass, logits, tile_peak, value, batch, kv_head, start_n, end_n, qk_scale_log2,
+    acc, low, peak, mass, logits, tile_peak, value, batch, kv_head, start_n, end_n, qk_scale_log2,
     value_stride_s, value_stride_d,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, RAGGED: tl.constexpr, REFINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the values of a tile with these logits, not yet scaled unless HAS_BIAS."""
     new_peak = tl.maximum(peak, tile_peak)
     if HAS_BIAS:
         # A row may have met nothing but -inf so far; shifting by 0 keeps -inf - -inf out.
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weights = tl.exp2(logits - shift[:, None])
-        decay = tl.exp2(peak - shift)
+        weights = _exp2(logits - shift[:, None], REFINE)
+        decay = _exp2(peak - shift, REFINE)
     else:
         # Scaling inside the exponent lets the compiler fuse multiply and subtract. Each tile has a key that counts.
-        weights = tl.exp2(logits * qk_scale_log2 - new_peak[:, None])
-        decay = tl.exp2(peak - new_peak)
+        weights = _exp2(logits * qk_scale_log2 - new_peak[:, None], REFINE)
+        decay = _exp2(peak - new_peak, REFINE)
     mass = mass * decay + tl.sum(weights, 1)
     acc = acc * decay[:, None]
+    low = low * decay[:, None]
     v = _load_tile(
         value, batch, kv_head, start_n, end_n, value_stride_s, value_stride_d,
         HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS, RAGGED,
     )  # fmt: skip
-    acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
-    return acc, new_peak, mass
+    acc, low = _add_product(acc, low, weights.to(v.dtype), v, REFINE, PRECISION)
+    return acc, low, new_peak, mass
 
 
 @triton.jit(do_not_specialize=SHAPE_INTEGERS)
@@ -184,7 +225,7 @@ def block_sparse_forward_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, RAGGED_KV: tl.constexpr, HAS_BIAS: tl.constexpr,
     STORE_LSE: tl.constexpr, DESCRIPTORS: tl.constexpr, VARIABLE: tl.constexpr, SKIP: tl.constexpr,
-    SCALE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE_BLOCK: tl.constexpr, REFINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head over their listed kv-blocks; query, key, value, out are pointers or descriptors.
 
@@ -232,6 +273,7 @@ def block_sparse_forward_kernel(
         row_scale = tl.load(query_scale_ptr + tokens, mask=tokens < end_m, other=1.0) * qk_scale_log2
         key_scale_ptr += (wide_batch * (num_heads // group_size) + wide_kv_head) * num_scales
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    low = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # [BLOCK_M], peak in base 2
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
@@ -248,13 +290,15 @@ def block_sparse_forward_kernel(
         else:
             start_n = entry * KV_BLOCK + (tile % TILES) * BLOCK_N
             end_n = seq_len_kv
-        acc, peak, mass = _attend(
-            acc, peak, mass, q, key, value, bias_ptr, batch, kv_head,
+        acc, low, peak, mass = _attend(
+            acc, low, peak, mass, q, key, value, bias_ptr, batch, kv_head,
             start_n, end_n, tokens < end_m, row_scale, key_scale_ptr, qk_scale_log2, skip_log2,
             key_stride_s, key_stride_d, value_stride_s, value_stride_d,
-            HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, RAGGED, SKIP, SCALE_BLOCK, PRECISION,
+            HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, RAGGED, SKIP, SCALE_BLOCK, REFINE, PRECISION,
         )  # fmt: skip
 
+    if REFINE:
+        acc += low
     acc = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
     if STORE_LSE:
         lse = tl.where(mass == 0.0, float("-inf"), (peak + tl.log2(mass)) * 0.6931471805599453)
@@ -341,7 +385,8 @@ def triton_forward(
             Q_BLOCK=block_mask.q_block_size, KV_BLOCK=block_mask.kv_block_size,
             RAGGED_KV=seq_len_kv % config.block_n != 0, HAS_BIAS=bias is not None, STORE_LSE=return_lse,
             DESCRIPTORS=config.descriptors, VARIABLE=block_mask.variable, SKIP=bool(skip_threshold),
-            SCALE_BLOCK=scale_block(block_mask.kv_block_size) if quantize is not None else 0, PRECISION="ieee",
+            SCALE_BLOCK=scale_block(block_mask.kv_block_size) if quantize is not None else 0,
+            REFINE=value.dtype == torch.float32, PRECISION="ieee",
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse

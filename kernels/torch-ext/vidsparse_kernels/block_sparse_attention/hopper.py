@@ -1,13 +1,16 @@
 """Forward kernel for Hopper GPUs, written in Gluon: warp-specialised, on TMA and wgmma.
 
-Three roles in one program of 9 warps. A producer warp walks the list and copies q, k and v tiles to shared memory; two
-warpgroups each own 64 of the 128 queries and compute. They share every key and value tile, and while one is in its
-softmax the other keeps the tensor cores busy. Barriers in shared memory say which tile is full and which is free.
-The programs are persistent: as many as the GPU has multiprocessors, each taking every n-th q tile, so that the loads
-of the next tile run under the end of the last one.
+Four roles in one program of 10 warps. A scheduler warp (`hopper_schedule`) hands out q tiles. A producer warp walks the
+list of one and copies q, k and v tiles to shared memory; two warpgroups each own 64 of the 128 queries and compute. They
+share every key and value tile, and while one is in its softmax the other keeps the tensor cores busy. Barriers in shared
+memory say which tile is full and which is free. The programs are persistent, as many as the GPU has multiprocessors, so
+that the loads of the next tile run under the end of the last one.
 
-The scheme is that of FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608, section 3.1), over block lists. Its overlap
-of softmax and products within one warpgroup (section 3.2) was tried and made this kernel slower: docs/performance.md.
+The scheme is that of FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608, section 3.1), over block lists, but the softmax
+keeps no running maximum. Any number may be taken from the logits of a row as long as nothing overflows, so every tile takes
+the peak of the first one: no maximum, no rescaling, a third fewer instructions, and products of the next tile wait
+for less. fp32 has room for logits 69 above that peak. Where a sum went beyond, or a number is not finite, the scheduler
+hands the q tile out again and it is done with a running maximum.
 """
 
 # In kernels every value is the compiler's, which its annotations for the host do not describe.
@@ -37,103 +40,87 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..block_mask import BlockMask
 from .configs import padded_head_dim
 from .forward import LOG2_E, _broadcast_strides, _readable, _tma_can_read
+from .hopper_schedule import ITEM_NUMBERS, item, longest_first, schedule, warpgroup_barrier
 from .quantize_kernel import quantize_query_key
-from .runs import MAX_LIST, balanced_programs
+from .runs import MAX_LIST
 from .tiles import MAX_TOKENS
 
 # Later versions of Triton name these differently.
 tma_load: Any = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store: Any = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-warpgroup_barrier: Any = getattr(gl, "thread_barrier", None) or gl.barrier
 
 BLOCK_M = 128
 """Queries per program, 64 for each warpgroup."""
 CONSUMER_REGISTERS = 240
 PRODUCER_REGISTERS = 24
 MAX_LATE_P = 64
-"""Up to this head_dim the weights are rounded once the product of the last ones has ended, not before: on an H200 with
-head_dim 64 that made 442 TFLOP/s of 409."""
-MAX_TURNS = 64
-"""Up to this head_dim exponentials take as long as products, and with tiles of 128 keys the warpgroups take turns: one
-starts its products when the other has started its own, so that one is in its softmax while the other multiplies.
-Without turns both wait for the same unit at the same time. At head_dim 64 on an H200 that made 442 TFLOP/s of 407, and
-every eighth exponential on the multiply-add units 464 of that; at head_dim 128 turns changed nothing."""
+"""Up to this head_dim kernels with a running maximum round the weights once the product of the last ones has ended, not
+before: on an H200 with head_dim 64 that made 442 TFLOP/s of 409."""
+LARGEST_MASS = 2.0**100
+"""Sums of weights beyond this are done again with a running maximum."""
 BIAS_ALIGNMENT = 4
 """Rows of the bias start at multiples of this many numbers, so that two of them can be loaded at once."""
 RUNTIME_INTEGERS = [
     "counts_stride_b", "counts_stride_h", "indices_stride_b", "indices_stride_h", "indices_stride_m",
-    "bias_stride_b", "bias_stride_h", "num_heads", "group_size", "seq_len_q", "seq_len_kv", "num_q_tiles", "num_work",
-    "num_key_tiles",
+    "order_stride_b", "order_stride_h", "has_order", "bias_stride_b", "bias_stride_h", "num_heads", "group_size",
+    "seq_len_q", "seq_len_kv", "num_q_tiles", "num_work", "num_key_tiles",
 ]  # fmt: skip
 """What Triton may not compile into the kernel, so that one compilation serves every shape."""
 
 
+@gluon.constexpr_function
+def _log2(power):
+    return power.bit_length() - 1
+
+
 @gluon.jit
-def _work_item(
-    work, num_work, lists, num_heads, num_q_tiles, seq_len_kv,
-    Q_BLOCK: gl.constexpr, KV_BLOCK: gl.constexpr, BLOCK_N: gl.constexpr,
-):  # fmt: skip
-    """(pointer to the list, number of key tiles, first key of the last one) of a q tile; no tiles past the work."""
-    counts_ptr, indices_ptr, counts_stride_b, counts_stride_h, indices_stride_b, indices_stride_h, indices_stride_m = (
-        lists
-    )
-    TILES: gl.constexpr = KV_BLOCK // BLOCK_N
-    head = ((work // num_q_tiles) % num_heads).to(gl.int64)
-    batch = (work // num_q_tiles // num_heads).to(gl.int64)
-    q_block = (work % num_q_tiles) * 128 // Q_BLOCK
-    indices = (
-        indices_ptr + batch * indices_stride_b + head * indices_stride_h + q_block.to(gl.int64) * indices_stride_m
-    )
-    count = gl.load(
-        counts_ptr + batch * counts_stride_b + head * counts_stride_h + q_block, mask=work < num_work, other=0
-    )
-    # Lists ascend, so only their last entry can be the shorter last block, which may lack some whole tiles.
-    last = gl.load(indices + gl.maximum(count - 1, 0), mask=count > 0, other=0)
-    overhang = gl.maximum((last + 1) * KV_BLOCK - seq_len_kv, 0)
-    num_tiles = gl.where(count > 0, count * TILES - overhang // BLOCK_N, 0)
-    return indices, num_tiles, last * KV_BLOCK + ((num_tiles - 1) % TILES) * BLOCK_N
+def _list(lists, batch, head, tile_m, Q_BLOCK: gl.constexpr):
+    """The entries of the list of a q tile."""
+    indices, stride_b, stride_h, stride_m = lists
+    q_block = tile_m * 128 // Q_BLOCK
+    return indices + batch.to(gl.int64) * stride_b + head.to(gl.int64) * stride_h + q_block.to(gl.int64) * stride_m
 
 
 @gluon.jit
 def _load_tiles(
-    query, key, value, q_smem, k_smem, v_smem, barriers, lists,
-    num_heads, group_size, seq_len_kv, num_q_tiles, num_work,
+    query, key, value, q_smem, k_smem, v_smem, barriers, items, ready, lists,
+    num_heads, group_size, num_q_tiles,
     Q_BLOCK: gl.constexpr, KV_BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer: copy what the warpgroups need, in their order: each list from its end, values one tile later."""
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, _ = barriers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     TILES: gl.constexpr = KV_BLOCK // BLOCK_N
+    LOG: gl.constexpr = _log2(STAGES)
     base = 0
     turn = 0
-    for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
-        indices, num_tiles, start_v = _work_item(
-            work, num_work, lists, num_heads, num_q_tiles, seq_len_kv, Q_BLOCK, KV_BLOCK, BLOCK_N
-        )
+    work, tile_m, num_tiles, start_v, state = item(0, items, ready, 1)
+    while state > 0:
         head = (work // num_q_tiles) % num_heads
         batch = work // num_q_tiles // num_heads
         kv_head = head // group_size
-        start_m = (work % num_q_tiles) * 128
+        indices = _list(lists, batch, head, tile_m, Q_BLOCK)
         mbarrier.wait(q_empty, (turn & 1) ^ 1)
         mbarrier.expect(q_full, 2 * query.block_type.nbytes)
         for consumer in gl.static_range(2):
-            tma_load(query, [batch, head, start_m + consumer * 64, 0], q_full, q_smem.index(consumer))
+            tma_load(query, [batch, head, tile_m * 128 + consumer * 64, 0], q_full, q_smem.index(consumer))
         for i in range(num_tiles + 1):
             start_k = start_v
             if i < num_tiles:
                 tile = num_tiles - 1 - i
                 start_k = gl.load(indices + tile // TILES) * KV_BLOCK + (tile % TILES) * BLOCK_N
-                stage = (base + i) % STAGES
-                mbarrier.wait(k_empty.index(stage), (((base + i) // STAGES) & 1) ^ 1)
+                stage = (base + i) & (STAGES - 1)
+                mbarrier.wait(k_empty.index(stage), (((base + i) >> LOG) & 1) ^ 1)
                 mbarrier.expect(k_full.index(stage), key.block_type.nbytes)
                 tma_load(key, [batch, kv_head, start_k, 0], k_full.index(stage), k_smem.index(stage))
             if i > 0:
-                stage = (base + i - 1) % STAGES
-                mbarrier.wait(v_empty.index(stage), (((base + i - 1) // STAGES) & 1) ^ 1)
+                stage = (base + i - 1) & (STAGES - 1)
+                mbarrier.wait(v_empty.index(stage), (((base + i - 1) >> LOG) & 1) ^ 1)
                 mbarrier.expect(v_full.index(stage), value.block_type.nbytes)
                 tma_load(value, [batch, kv_head, start_v, 0], v_full.index(stage), v_smem.index(stage))
             start_v = start_k
         base += num_tiles
         turn += 1
+        work, tile_m, num_tiles, start_v, state = item(turn, items, ready, 1)
 
 
 @gluon.jit
@@ -147,30 +134,6 @@ def _load_bias(bias, start, seq_len_kv, BLOCK_N: gl.constexpr, layout: gl.conste
     return loaded.to(gl.float32) * 1.4426950408889634
 
 
-@gluon.constexpr_function
-def _exp2_instructions():
-    """PTX for 8 exponentials: one in 8 on the multiply-add units, which have time when the special ones have none.
-
-    2^x = 2^n 2^f with n the nearest integer and f in [-0.5, 0.5], 2^f by a polynomial of degree 3 with a relative error
-    of at most 7.5e-5, a fiftieth of the rounding to bf16 and a sixth of that to fp16 (FlashAttention-4's way). Weights
-    below 2^-126 become 2^-126. The number added and taken away again is 1.5 * 2^23, which rounds to integers.
-    """
-    lines = [f"ex2.approx.ftz.f32 ${i}, ${i + 8};" for i in range(7)]
-    lines.append("""max.ftz.NaN.f32 x, $15, 0fC2FC0000;
-        add.rn.ftz.f32 n, x, 0f4B400000;
-        sub.rn.ftz.f32 f, n, 0f4B400000;
-        sub.rn.ftz.f32 f, x, f;
-        fma.rn.ftz.f32 p, f, 0f3D61FB71, 0f3E786EF8;
-        fma.rn.ftz.f32 p, p, f, 0f3F31798D;
-        fma.rn.ftz.f32 p, p, f, 0f3F7FFB4A;
-        mov.b32 bits, n;
-        shl.b32 bits, bits, 23;
-        mov.b32 mantissa, p;
-        add.s32 bits, bits, mantissa;
-        mov.b32 $7, bits;""")
-    return "{ .reg .f32 x, n, f, p; .reg .b32 bits, mantissa; " + " ".join(lines) + " }"
-
-
 @gluon.jit
 def _scale_of(key_scales, indices, tile, TILES: gl.constexpr):
     """Scale of the keys of a tile, and of the first one for all before it."""
@@ -178,17 +141,19 @@ def _scale_of(key_scales, indices, tile, TILES: gl.constexpr):
     return gl.load(key_scales + gl.load(indices + tile // TILES) * TILES + tile % TILES)
 
 
-EXP2 = gl.constexpr(_exp2_instructions())
-EXP2_CONSTRAINTS = gl.constexpr(",".join(["=f"] * 8 + ["f"] * 8))
+@gluon.jit
+def _thread_sums(weights, BLOCK_N: gl.constexpr):
+    """`[64, 4]`: sums of `[64, BLOCK_N]` within each of the four threads that share a row, without a word between them."""
+    return gl.sum(gl.sum(weights.reshape([64, BLOCK_N // 8, 4, 2]), 3), 1)
 
 
 @gluon.jit
 def _attend(
-    consumer: gl.constexpr, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, lists, biases, scales,
-    num_heads, seq_len_q, seq_len_kv, num_q_tiles, num_work, qk_scale_log2,
+    consumer: gl.constexpr, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, items, verdicts, ready, ended,
+    lists, biases, scales, num_heads, seq_len_q, seq_len_kv, num_q_tiles, qk_scale_log2,
     Q_BLOCK: gl.constexpr, KV_BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, RAGGED_KV: gl.constexpr, HAS_BIAS: gl.constexpr, LATE_P: gl.constexpr,
-    STORE_LSE: gl.constexpr, TURNS: gl.constexpr, QUANTIZED: gl.constexpr,
+    STAGES: gl.constexpr, RAGGED_KV: gl.constexpr, HAS_BIAS: gl.constexpr, STORE_LSE: gl.constexpr,
+    QUANTIZED: gl.constexpr, LARGEST_MASS: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: 64 queries of each q tile over their list, from its end, so that a cut tile comes first and its
     mask stays out of the loop.
@@ -197,7 +162,7 @@ def _attend(
     of MAGIC = 1.5 * 2^23, whose last bit counts ones; MAGIC goes away again in the subtraction of the peak. A
     conversion would go through the units that the exponentials need.
     """
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = barriers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     bias_ptr, bias_stride_b, bias_stride_h = biases
     query_scale_ptr, key_scale_ptr, group_size, num_key_tiles = scales
     DTYPE: gl.constexpr = o_smem.dtype
@@ -214,20 +179,15 @@ def _attend(
     zeros = gl.zeros([64, BLOCK_N], PRODUCT, s_layout)
     base = 0
     turn = 0
-    # Turns taken by this warpgroup.
-    taken = 0
-    step = gl.num_programs(0)
-    indices, num_tiles, last_start = _work_item(
-        gl.program_id(0), num_work, lists, num_heads, num_q_tiles, seq_len_kv, Q_BLOCK, KV_BLOCK, BLOCK_N
-    )
-    for work in range(gl.program_id(0), num_work, step):
-        # The next list's length is read a whole list ahead.
-        next_indices, next_num_tiles, next_last_start = _work_item(
-            work + step, num_work, lists, num_heads, num_q_tiles, seq_len_kv, Q_BLOCK, KV_BLOCK, BLOCK_N
-        )
+    LOG: gl.constexpr = _log2(STAGES)
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    work, tile_m, num_tiles, last_start, state = item(0, items, ready, 4)
+    while state > 0:
         head = (work // num_q_tiles) % num_heads
         batch = work // num_q_tiles // num_heads
-        start_m = (work % num_q_tiles) * 128 + consumer * 64
+        start_m = tile_m * 128 + consumer * 64
+        indices = _list(lists, batch, head, tile_m, Q_BLOCK)
+        again = 0
         # Strides count in steps of the alignment, which tells the compiler that rows have it.
         bias = bias_ptr + (batch.to(gl.int64) * bias_stride_b + head.to(gl.int64) * bias_stride_h) * 4
         acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
@@ -246,8 +206,8 @@ def _attend(
                 key_scale = _scale_of(key_scales, indices, num_tiles - 1, TILES)
                 # Read a tile ahead.
                 next_scale = _scale_of(key_scales, indices, num_tiles - 2, TILES)
-            stage = base % STAGES
-            mbarrier.wait(k_full.index(stage), (base // STAGES) & 1)
+            stage = base & (STAGES - 1)
+            mbarrier.wait(k_full.index(stage), (base >> LOG) & 1)
             k = k_smem.index(stage).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
             logits = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
             if HAS_BIAS:
@@ -276,71 +236,105 @@ def _attend(
                     weights = gl.exp2(logits * qk_scale_log2 - peak[:, None])
             mass = gl.sum(weights, 1)
             p = gl.convert_layout(weights.to(DTYPE), p_layout)
-            for i in range(base + 1, base + num_tiles):
-                stage = i % STAGES
-                before = (i - 1) % STAGES
-                if HAS_BIAS:
-                    tile = base + num_tiles - 1 - i
-                    start = gl.load(indices + tile // TILES) * KV_BLOCK + (tile % TILES) * BLOCK_N
-                if QUANTIZED:
-                    key_scale = next_scale
-                    next_scale = _scale_of(key_scales, indices, base + num_tiles - 2 - i, TILES)
-                if TURNS:
-                    # The first warpgroup's first turn is there from the start.
-                    mbarrier.wait(turns.index(consumer), (taken & 1) ^ (1 - consumer))
-                    taken += 1
-                mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
-                k = k_smem.index(stage).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
-                logits = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
-                mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
-                v = v_smem.index(before).reshape([BLOCK_N, BLOCK_D])
-                acc = warpgroup_mma(p, v, acc, is_async=True)
-                if TURNS:
-                    mbarrier.arrive(turns.index(1 - consumer), count=1)
-                if HAS_BIAS:
-                    tile_bias = _load_bias(bias, start, seq_len_kv, BLOCK_N, s_columns, False)
-                logits = warpgroup_mma_wait(1, deps=[logits])
-                warpgroup_barrier()
-                mbarrier.arrive(k_empty.index(stage), count=1)
-                if HAS_BIAS:
-                    logits = logits * qk_scale_log2 + tile_bias[None, :]
-                    new_peak = gl.maximum(peak, gl.max(logits, 1))
-                    shift = gl.where(new_peak == float("-inf"), 0.0, new_peak)
-                    weights = gl.exp2(logits - shift[:, None])
-                    decay = gl.exp2(peak - shift)
-                else:
+            careful = state > 1
+            if HAS_BIAS:
+                # A row that has met nothing but -inf has no peak yet.
+                careful = careful | (gl.max(gl.where(peak == float("-inf"), 1, 0), 0) > 0)
+            # [64, 4], what the threads that share a row have added up.
+            parts = _thread_sums(gl.zeros([64, BLOCK_N], gl.float32, s_layout), BLOCK_N)
+            if careful:
+                for i in range(base + 1, base + num_tiles):
+                    stage = i & (STAGES - 1)
+                    before = (i - 1) & (STAGES - 1)
+                    if HAS_BIAS:
+                        tile = base + num_tiles - 1 - i
+                        start = gl.load(indices + tile // TILES) * KV_BLOCK + (tile % TILES) * BLOCK_N
                     if QUANTIZED:
+                        key_scale = next_scale
+                        next_scale = _scale_of(key_scales, indices, base + num_tiles - 2 - i, TILES)
+                    mbarrier.wait(k_full.index(stage), (i >> LOG) & 1)
+                    k = k_smem.index(stage).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
+                    logits = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+                    mbarrier.wait(v_full.index(before), ((i - 1) >> LOG) & 1)
+                    v = v_smem.index(before).reshape([BLOCK_N, BLOCK_D])
+                    acc = warpgroup_mma(p, v, acc, is_async=True)
+                    if HAS_BIAS:
+                        tile_bias = _load_bias(bias, start, seq_len_kv, BLOCK_N, s_columns, False)
+                    logits = warpgroup_mma_wait(1, deps=[logits])
+                    warpgroup_barrier()
+                    mbarrier.arrive(k_empty.index(stage), count=1)
+                    if HAS_BIAS:
+                        logits = logits * qk_scale_log2 + tile_bias[None, :]
+                        new_peak = gl.maximum(peak, gl.max(logits, 1))
+                        shift = gl.where(new_peak == float("-inf"), 0.0, new_peak)
+                        weights = gl.exp2(logits - shift[:, None])
+                        decay = gl.exp2(peak - shift)
+                    else:
+                        if QUANTIZED:
+                            logits = (logits + 0x4B400000).to(gl.float32, bitcast=True)
+                            factor = row_scale * key_scale
+                            new_peak = gl.maximum(peak, (gl.max(logits, 1) - MAGIC) * factor)
+                            weights = gl.exp2(logits * factor[:, None] - (MAGIC * factor + new_peak)[:, None])
+                        else:
+                            new_peak = gl.maximum(peak, gl.max(logits, 1) * qk_scale_log2)
+                            weights = gl.exp2(logits * qk_scale_log2 - new_peak[:, None])
+                        decay = gl.exp2(peak - new_peak)
+                    mass = mass * decay + gl.sum(weights, 1)
+                    peak = new_peak
+                    next_p = gl.convert_layout(weights.to(DTYPE), p_layout)
+                    acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+                    warpgroup_barrier()
+                    mbarrier.arrive(v_empty.index(before), count=1)
+                    acc = acc * gl.convert_layout(decay, o_rows)[:, None]
+                    p = next_p
+            else:
+                for i in range(base + 1, base + num_tiles):
+                    stage = i & (STAGES - 1)
+                    before = (i - 1) & (STAGES - 1)
+                    if HAS_BIAS:
+                        tile = base + num_tiles - 1 - i
+                        start = gl.load(indices + tile // TILES) * KV_BLOCK + (tile % TILES) * BLOCK_N
+                    if QUANTIZED:
+                        key_scale = next_scale
+                        next_scale = _scale_of(key_scales, indices, base + num_tiles - 2 - i, TILES)
+                    mbarrier.wait(k_full.index(stage), (i >> LOG) & 1)
+                    k = k_smem.index(stage).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
+                    logits = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+                    mbarrier.wait(v_full.index(before), ((i - 1) >> LOG) & 1)
+                    v = v_smem.index(before).reshape([BLOCK_N, BLOCK_D])
+                    acc = warpgroup_mma(p, v, acc, is_async=True)
+                    if HAS_BIAS:
+                        tile_bias = _load_bias(bias, start, seq_len_kv, BLOCK_N, s_columns, False)
+                    logits = warpgroup_mma_wait(1, deps=[logits])
+                    warpgroup_barrier()
+                    mbarrier.arrive(k_empty.index(stage), count=1)
+                    if HAS_BIAS:
+                        weights = gl.exp2(logits * qk_scale_log2 + (tile_bias[None, :] - peak[:, None]))
+                    elif QUANTIZED:
                         logits = (logits + 0x4B400000).to(gl.float32, bitcast=True)
                         factor = row_scale * key_scale
-                        new_peak = gl.maximum(peak, (gl.max(logits, 1) - MAGIC) * factor)
-                        weights = logits * factor[:, None] - (MAGIC * factor + new_peak)[:, None]
+                        weights = gl.exp2(logits * factor[:, None] - (MAGIC * factor + peak)[:, None])
                     else:
-                        new_peak = gl.maximum(peak, gl.max(logits, 1) * qk_scale_log2)
-                        weights = logits * qk_scale_log2 - new_peak[:, None]
-                    if TURNS:
-                        weights = gl.inline_asm_elementwise(EXP2, EXP2_CONSTRAINTS, [weights], gl.float32, True, 8)
-                    else:
-                        weights = gl.exp2(weights)
-                    decay = gl.exp2(peak - new_peak)
-                mass = mass * decay + gl.sum(weights, 1)
-                peak = new_peak
-                if not LATE_P:
+                        weights = gl.exp2(logits * qk_scale_log2 - peak[:, None])
+                    parts += _thread_sums(weights, BLOCK_N)
                     next_p = gl.convert_layout(weights.to(DTYPE), p_layout)
-                acc, p = warpgroup_mma_wait(0, deps=[acc, p])
-                warpgroup_barrier()
-                mbarrier.arrive(v_empty.index(before), count=1)
-                acc = acc * gl.convert_layout(decay, o_rows)[:, None]
-                if LATE_P:
-                    next_p = gl.convert_layout(weights.to(DTYPE), p_layout)
-                p = next_p
-            stage = (base + num_tiles - 1) % STAGES
-            mbarrier.wait(v_full.index(stage), ((base + num_tiles - 1) // STAGES) & 1)
+                    acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+                    warpgroup_barrier()
+                    mbarrier.arrive(v_empty.index(before), count=1)
+                    p = next_p
+            stage = (base + num_tiles - 1) & (STAGES - 1)
+            mbarrier.wait(v_full.index(stage), ((base + num_tiles - 1) >> LOG) & 1)
             v = v_smem.index(stage).reshape([BLOCK_N, BLOCK_D])
             acc = warpgroup_mma(p, v, acc, is_async=True)
             mbarrier.arrive(q_empty, count=1)
             acc = warpgroup_mma_wait(0, deps=[acc])
             warpgroup_barrier()
             mbarrier.arrive(v_empty.index(stage), count=1)
+            mass += gl.convert_layout(gl.sum(parts, 1), s_rows)
+            # 0, or NaN where a number is not finite.
+            spoilt = gl.convert_layout(gl.sum(acc * 0.0, 1), s_rows)
+            right = (mass < LARGEST_MASS) & (spoilt == 0.0)
+            again = gl.where(state > 1, 0, gl.max(gl.where(right, 0, 1), 0))
             inverse = 1.0 / gl.where(mass == 0.0, 1.0, mass) if HAS_BIAS else 1.0 / mass
             acc = acc * gl.convert_layout(inverse, o_rows)[:, None]
         else:
@@ -350,30 +344,34 @@ def _attend(
             tokens = start_m + gl.arange(0, 64, s_rows)
             lse = gl.where(mass == 0.0, float("-inf"), (peak + gl.log2(mass)) * 0.6931471805599453)
             lse_row = (batch.to(gl.int64) * num_heads + head) * seq_len_q
-            gl.store(lse_ptr + lse_row + tokens, lse, mask=tokens < seq_len_q)
-        tma.store_wait(0)
+            gl.store(lse_ptr + lse_row + tokens, lse, mask=(tokens < seq_len_q) & (again == 0))
+        if again == 0:
+            tma.store_wait(0)
+            warpgroup_barrier()
+            o_smem.index(consumer).reshape([64, BLOCK_D]).store(acc.to(DTYPE))
+            fence_async_shared()
+            warpgroup_barrier()
+            tma_store(out, [batch, head, start_m, 0], o_smem.index(consumer))
+        slot = turn & 1
+        verdicts.index(slot * 2 + consumer).store(gl.full([1], again, gl.int32, one))
         warpgroup_barrier()
-        o_smem.index(consumer).reshape([64, BLOCK_D]).store(acc.to(DTYPE))
-        fence_async_shared()
-        warpgroup_barrier()
-        tma_store(out, [batch, head, start_m, 0], o_smem.index(consumer))
+        mbarrier.arrive(ended.index(slot), count=1)
         base += num_tiles
         turn += 1
-        indices = next_indices
-        num_tiles = next_num_tiles
-        last_start = next_last_start
+        work, tile_m, num_tiles, last_start, state = item(turn, items, ready, 4)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=RUNTIME_INTEGERS)
 def block_sparse_forward_hopper_kernel(
-    query, key, value, out, lse_ptr, counts_ptr, indices_ptr, bias_ptr, query_scale_ptr, key_scale_ptr,
+    query, key, value, out, lse_ptr, counts_ptr, indices_ptr, order_ptr, counter_ptr, bias_ptr, query_scale_ptr,
+    key_scale_ptr,
     counts_stride_b, counts_stride_h, indices_stride_b, indices_stride_h, indices_stride_m,
-    bias_stride_b, bias_stride_h,
+    order_stride_b, order_stride_h, has_order, bias_stride_b, bias_stride_h,
     num_heads, group_size, seq_len_q, seq_len_kv, num_q_tiles, num_work, num_key_tiles, qk_scale_log2,
     BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, Q_BLOCK: gl.constexpr, KV_BLOCK: gl.constexpr,
-    STAGES: gl.constexpr, RAGGED_KV: gl.constexpr, HAS_BIAS: gl.constexpr, LATE_P: gl.constexpr,
-    STORE_LSE: gl.constexpr, TURNS: gl.constexpr, QUANTIZED: gl.constexpr,
+    STAGES: gl.constexpr, RAGGED_KV: gl.constexpr, HAS_BIAS: gl.constexpr, STORE_LSE: gl.constexpr,
+    QUANTIZED: gl.constexpr, LARGEST_MASS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """128 queries of one head over their listed kv-blocks, q tile after q tile; query, key, value, out are
@@ -389,9 +387,17 @@ def block_sparse_forward_hopper_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for consumer in gl.static_range(2):
-        mbarrier.init(turns.index(consumer), count=1)
+    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    ended = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    single: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    # [number and place, 1], [place and warpgroup, 1]
+    items = gl.allocate_shared_memory(gl.int32, [2 * ITEM_NUMBERS, 1], single)
+    verdicts = gl.allocate_shared_memory(gl.int32, [4, 1], single)
+    for i in gl.static_range(4):
+        verdicts.index(i).store(gl.zeros([1], gl.int32, gl.BlockedLayout([1], [32], [4], [0])))
+    for slot in gl.static_range(2):
+        mbarrier.init(ready.index(slot), count=1)
+        mbarrier.init(ended.index(slot), count=2)
     # Full: the producer arrives. Empty: each of the two warpgroups does.
     mbarrier.init(q_full, count=1)
     mbarrier.init(q_empty, count=2)
@@ -401,34 +407,35 @@ def block_sparse_forward_hopper_kernel(
         mbarrier.init(k_empty.index(stage), count=2)
         mbarrier.init(v_empty.index(stage), count=2)
     fence_async_shared()
-    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns)
-    lists = (
-        counts_ptr, indices_ptr, counts_stride_b, counts_stride_h, indices_stride_b, indices_stride_h, indices_stride_m,
-    )  # fmt: skip
+    barriers = q_full, q_empty, k_full, k_empty, v_full, v_empty
+    lists = indices_ptr, indices_stride_b, indices_stride_h, indices_stride_m
     biases = bias_ptr, bias_stride_b, bias_stride_h
     scales = query_scale_ptr, key_scale_ptr, group_size, num_key_tiles
     gl.warp_specialize(
         [
             (_attend, (
-                0, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, lists, biases, scales,
-                num_heads, seq_len_q, seq_len_kv, num_q_tiles, num_work, qk_scale_log2,
-                Q_BLOCK, KV_BLOCK, BLOCK_N, BLOCK_D, STAGES, RAGGED_KV, HAS_BIAS, LATE_P, STORE_LSE, TURNS,
-                QUANTIZED,
+                0, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, items, verdicts, ready, ended, lists, biases,
+                scales, num_heads, seq_len_q, seq_len_kv, num_q_tiles, qk_scale_log2,
+                Q_BLOCK, KV_BLOCK, BLOCK_N, BLOCK_D, STAGES, RAGGED_KV, HAS_BIAS, STORE_LSE, QUANTIZED, LARGEST_MASS,
             )),
             (_attend, (
-                1, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, lists, biases, scales,
-                num_heads, seq_len_q, seq_len_kv, num_q_tiles, num_work, qk_scale_log2,
-                Q_BLOCK, KV_BLOCK, BLOCK_N, BLOCK_D, STAGES, RAGGED_KV, HAS_BIAS, LATE_P, STORE_LSE, TURNS,
-                QUANTIZED,
+                1, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, items, verdicts, ready, ended, lists, biases,
+                scales, num_heads, seq_len_q, seq_len_kv, num_q_tiles, qk_scale_log2,
+                Q_BLOCK, KV_BLOCK, BLOCK_N, BLOCK_D, STAGES, RAGGED_KV, HAS_BIAS, STORE_LSE, QUANTIZED, LARGEST_MASS,
             )),
             (_load_tiles, (
-                query, key, value, q_smem, k_smem, v_smem, barriers, lists,
-                num_heads, group_size, seq_len_kv, num_q_tiles, num_work,
+                query, key, value, q_smem, k_smem, v_smem, barriers, items, ready, lists,
+                num_heads, group_size, num_q_tiles,
                 Q_BLOCK, KV_BLOCK, BLOCK_N, STAGES,
             )),
+            (schedule, (
+                items, verdicts, ready, ended, counts_ptr, indices_ptr, counts_stride_b, counts_stride_h,
+                indices_stride_b, indices_stride_h, indices_stride_m, order_ptr, order_stride_b, order_stride_h,
+                has_order, counter_ptr, num_heads, num_q_tiles, seq_len_kv, num_work, Q_BLOCK, KV_BLOCK, BLOCK_N,
+            )),
         ],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        [4, 1, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
 
 
@@ -479,21 +486,23 @@ def hopper_forward(
     num_q_tiles = triton.cdiv(seq_len_q, BLOCK_M)
     num_work = num_q_tiles * num_heads * batch
     multiprocessors = torch.cuda.get_device_properties(query.device).multi_processor_count
-    num_programs = balanced_programs(num_q_tiles, num_heads * batch, multiprocessors)
-    launch: Any = block_sparse_forward_hopper_kernel[(num_programs,)]
+    counter = torch.zeros(1, dtype=torch.int32, device=query.device)
+    order = longest_first(block_mask, BLOCK_M)
+    launch: Any = block_sparse_forward_hopper_kernel[(min(num_work, multiprocessors),)]
     with torch.cuda.device_of(query):
         launch(
             _descriptor(query, 64, block_d), _descriptor(key, block_n, block_d), _descriptor(value, block_n, block_d),
             _descriptor(out, 64, block_d), lse if lse is not None else counts, counts, indices,
-            bias if bias is not None else counts, query_scale, key_scale,
+            order if order is not None else counts, counter, bias if bias is not None else counts,
+            query_scale, key_scale,
             *_broadcast_strides(counts, 2), *_broadcast_strides(indices, 2), indices.stride(2),
+            *(_broadcast_strides(order, 2) if order is not None else (0, 0)), int(order is not None),
             *((x // BIAS_ALIGNMENT for x in _broadcast_strides(bias, 2)) if bias is not None else (0, 0)),
             num_heads, num_heads // key.shape[2], seq_len_q, seq_len_kv, num_q_tiles, num_work,
             triton.cdiv(seq_len_kv, block_n), scale * LOG2_E,
             BLOCK_D=block_d, BLOCK_N=block_n, Q_BLOCK=block_mask.q_block_size, KV_BLOCK=block_mask.kv_block_size,
             STAGES=num_stages(block_n, block_d), RAGGED_KV=seq_len_kv % block_n != 0, HAS_BIAS=bias is not None,
-            LATE_P=block_d <= MAX_LATE_P, STORE_LSE=return_lse,
-            TURNS=block_d <= MAX_TURNS and block_n == 128 and bias is None, QUANTIZED=quantize is not None,
+            STORE_LSE=return_lse, QUANTIZED=quantize is not None, LARGEST_MASS=LARGEST_MASS,
             CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
