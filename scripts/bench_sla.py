@@ -41,7 +41,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from vidsparse import LatentGrid, Recipe, TokenLayout, make_context
 from vidsparse.attention import attend
-from vidsparse_kernels import block_sparse_attention, linear_branch, select_backend
+from vidsparse_kernels import add_linear_branch, block_sparse_attention, select_backend
 from vidsparse_kernels.block_sparse_attention.convert import to_flex_block_mask
 
 SHAPES = {"480p": (LatentGrid(21, 30, 52), 12), "720p": (LatentGrid(21, 45, 80), 10)}
@@ -327,11 +327,14 @@ def parts_of(ours: Ours, inputs: Tensors) -> dict[str, Callable[[], Any]]:
     return {
         "  select": partial(parts.selector.select, query, key, ours.context),
         f"  attend, {backend}": partial(block_sparse_attention, query, key, value, mask, backend=backend),
-        "  linear branch, all": partial(linear_branch, query, key, value, backend="triton"),
-        "  linear branch, non_selected": partial(
-            linear_branch, query, key, value, mask, coverage="non_selected", backend="triton"
-        ),
-    }
+        **{
+            f"  add linear branch, {coverage}": partial(
+                add_linear_branch, query, query, key, value, ours.projection.weight, ours.projection.bias, mask,
+                coverage=coverage, backend="triton",
+            )
+            for coverage in COVERAGES
+        },
+    }  # fmt: skip
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

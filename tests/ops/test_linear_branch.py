@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vidsparse_kernels import BlockMask, UnsupportedBackendError
-from vidsparse_kernels.linear_branch import linear_branch
+from vidsparse_kernels.linear_branch import add_linear_branch, linear_branch
 from vidsparse_kernels.linear_branch.oracle import linear_branch_oracle
 from vidsparse_kernels.testing import (
     assert_close_to_oracle,
@@ -121,6 +121,39 @@ def test_gradient_of_a_row_without_keys_is_zero():
     full = BlockMask.full(64, 64, q_block_size=32, kv_block_size=32)
     out = linear_branch(*inputs, block_mask=full, coverage="non_selected", eps=1e-5)
     assert not any(g.any() for g in torch.autograd.grad(out.sum(), inputs))
+
+
+@pytest.mark.parametrize("coverage", ["all", "non_selected"])
+def test_added_through_a_projection(coverage):
+    inputs = [x.double() for x in make_qkv(seq_len_q=70, head_dim=32)]
+    mask = make_mask(*inputs[:2])
+    out, weight, bias = torch.randn_like(inputs[0]), torch.randn(32, 32).double(), torch.randn(32)
+    branch = linear_branch(*inputs, block_mask=mask, coverage=coverage)
+    want = out + branch @ weight.t() + bias
+    got = add_linear_branch(out, *inputs, weight, bias, mask, coverage=coverage)
+    torch.testing.assert_close(got, want)
+    got = add_linear_branch(out, *inputs, weight, None, mask, coverage=coverage)
+    torch.testing.assert_close(got, want - bias)
+    assert (branch @ weight.t()).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"out": torch.zeros(1, 64, 2, 16)}, "`out` must be like `query`"),
+        (
+            {"weight": torch.zeros(32, 16)},
+            "`weight` must be floating point .32, 32. on cpu, got torch.float32 .32, 16.",
+        ),
+        ({"bias": torch.zeros(32, dtype=torch.int32)}, "`bias` must be floating point .32,. on cpu, got torch.int32"),
+        ({"feature_map": "hedgehog"}, "`feature_map` must be one of"),
+    ],
+)
+def test_projections_that_do_not_fit_are_refused(change, message):
+    q, k, v = make_qkv(seq_len_q=64, head_dim=32)
+    arguments = {"out": q, "query": q, "key": k, "value": v, "weight": torch.eye(32), "bias": torch.ones(32), **change}
+    with pytest.raises(ValueError, match=message):
+        add_linear_branch(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -266,6 +299,42 @@ assert not any(x.any() for x in got)
 print("checked")
 """
 
+PROJECTED = """
+from vidsparse_kernels.linear_branch import add_linear_branch
+shapes = [
+    ("softmax", dict(seq_len_q=145, seq_len_kv=161, num_heads=2, num_kv_heads=1, head_dim=72)),
+    ("elu", dict(seq_len_q=64, head_dim=32, contiguous=False, num_heads=1, batch=2)),
+    ("relu", dict(seq_len_q=75, seq_len_kv=47, head_dim=80, num_heads=1)),
+]
+for number, (feature_map, shape) in enumerate(shapes):
+    inputs = [x + 1 for x in make_qkv(**shape, dtype=torch.float16)]
+    q, head_dim = inputs[0], inputs[0].shape[3]
+    # Queries without a positive number have no weight under relu.
+    q[:, :3] = -1
+    tensors = [torch.randn(q.transpose(1, 2).shape).half().transpose(1, 2), *inputs]
+    parameters = [torch.randn(head_dim, head_dim) / 8, *([torch.randn(head_dim)] if number else [])]
+    grad_out = torch.randn(q.transpose(1, 2).shape).half().transpose(1, 2)
+    def run(function, dtype, parameter_dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
+        leaves += [x.detach().to(parameter_dtype).requires_grad_() for x in parameters]
+        out = function(*leaves)
+        return out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(dtype))
+    def written_out(out, query, key, value, weight, *bias):
+        mean = linear_branch_oracle(query, key, value, None, feature_map=feature_map, eps=1e-5, dtype=query.dtype)
+        return out + torch.nn.functional.linear(mean, weight, *bias)
+    def ours(*x):
+        return add_linear_branch(*x, feature_map=feature_map, backend="triton")
+    got = run(ours, torch.float16, torch.float32)
+    eager, truth = run(written_out, torch.float16, torch.float16), run(written_out, torch.float64, torch.float64)
+    names = ("output", "grad out", "grad query", "grad key", "grad value", "grad weight", "grad bias")
+    for which, g, e, t in zip(names, got, eager, truth):
+        assert_close_to_oracle(g, e.to(g.dtype), t, name=f"{which} {feature_map}")
+    assert all(torch.equal(a, b) for a, b in zip(got, run(ours, torch.float16, torch.float32)))
+    with torch.no_grad():
+        assert torch.equal(got[0], ours(*tensors, *parameters))
+print("checked")
+"""
+
 COMPILED = """
 import sys, torch, triton
 from dataclasses import replace
@@ -346,6 +415,11 @@ def test_interpreted_kernels_are_exact(variant):
 @needs_triton
 def test_interpreted_semantics():
     assert run(PRELUDE + SEMANTICS, TRITON_INTERPRET="1") == "checked"
+
+
+@needs_triton
+def test_interpreted_projection():
+    assert run(PRELUDE + PROJECTED, TRITON_INTERPRET="1") == "checked"
 
 
 @needs_triton

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vidsparse_kernels import BlockMask
-from vidsparse_kernels.linear_branch import linear_branch
+from vidsparse_kernels.linear_branch import add_linear_branch, linear_branch
 from vidsparse_kernels.linear_branch.oracle import linear_branch_oracle
 from vidsparse_kernels.testing import (
     assert_close_to_oracle,
@@ -187,3 +187,68 @@ def test_long_sums_stay_in_the_range_of_fp16():
     for g, t in zip(got, (out, *torch.autograd.grad(out, exact, grad_out.double())), strict=True):
         assert torch.isfinite(g).all()
         assert (g - t).norm() < 0.02 * t.norm()
+
+
+def projected(inputs, weight_dtype=torch.float32, bias=True, feature_map="softmax"):
+    """Results and gradients of add_linear_branch, of the oracle at the same precision, and in float64."""
+    q, head_dim = inputs[0], inputs[0].shape[3]
+    tensors = [torch.randn_like(q), *inputs]
+    parameters = [torch.randn(head_dim, head_dim, device="cuda") / 8]
+    parameters += [torch.randn(head_dim, device="cuda")] * bias
+    grad_out = torch.randn(q.transpose(1, 2).shape, device="cuda").to(q.dtype).transpose(1, 2)
+
+    def run(function, dtype, parameter_dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
+        leaves += [x.detach().to(parameter_dtype).requires_grad_() for x in parameters]
+        out = function(*leaves)
+        return out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(dtype))
+
+    def written_out(out, query, key, value, weight, *bias):
+        mean = linear_branch_oracle(query, key, value, None, feature_map=feature_map, eps=1e-5, dtype=query.dtype)
+        return out + torch.nn.functional.linear(mean, weight, *bias)
+
+    return (
+        run(lambda *x: add_linear_branch(*x, feature_map=feature_map, backend="triton"), q.dtype, weight_dtype),
+        run(written_out, q.dtype, q.dtype),
+        run(written_out, torch.float64, torch.float64),
+    )
+
+
+@pytest.mark.parametrize(
+    ("feature_map", "dtype", "head_dim", "bias"),
+    [("softmax", BF16, 128, True), ("softmax", FP16, 64, False), ("elu", BF16, 72, True), ("elu", FP16, 128, True),
+     ("relu", BF16, 32, False), ("softmax", FP32, 64, True), ("softmax", BF16, 256, True)],
+    ids=str,
+)  # fmt: skip
+def test_projected(feature_map, dtype, head_dim, bias):
+    inputs = make_qkv(
+        batch=2, seq_len_q=1333, seq_len_kv=705, num_heads=4, num_kv_heads=2, head_dim=head_dim, dtype=dtype,
+        device="cuda",
+    )  # fmt: skip
+    names = ("output", "grad out", "grad query", "grad key", "grad value", "grad weight", "grad bias")
+    for name, g, e, t in zip(names, *projected(inputs, bias=bias, feature_map=feature_map), strict=False):
+        assert_close_to_oracle(g, e.to(g.dtype), t, name=name)
+
+
+def test_projected_strides_and_any_parameters():
+    q, k, v = make_qkv(batch=2, seq_len_q=300, num_heads=3, dtype=BF16, device="cuda", contiguous=False)
+    got, eager, truth = projected((q, k, v), weight_dtype=torch.bfloat16)
+    for g, e, t in zip(got, eager, truth, strict=True):
+        assert_close_to_oracle(g, e, t)
+
+
+def test_projected_long_sums_stay_in_the_range_of_fp16():
+    q, k, v = make_qkv(seq_len_q=8000, num_heads=1, head_dim=128, dtype=FP16, device="cuda")
+    got, _, truth = projected((q + 2, k + 2, v + 1), feature_map="elu")
+    for g, t in zip(got, truth, strict=True):
+        assert torch.isfinite(g).all()
+        assert (g - t).norm() < 0.02 * t.norm()
+
+
+def test_projected_gives_the_same_bits_every_time():
+    inputs = make_qkv(seq_len_q=5000, dtype=BF16, device="cuda", head_dim=128)
+    runs = []
+    for _ in range(3):
+        torch.manual_seed(0)
+        runs.append(projected(inputs)[0])
+    assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))

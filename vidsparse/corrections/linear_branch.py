@@ -21,7 +21,7 @@ class LinearBranch:
     Attributes:
         feature_map: "softmax", "elu" or "relu".
         coverage: "all" keys, or the "non_selected" ones.
-        backend: of `vidsparse_kernels.linear_branch`.
+        backend: of `vidsparse_kernels.add_linear_branch`.
     """
 
     feature_map: str
@@ -41,7 +41,7 @@ class LinearBranch:
         scale: float,
         key_bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        from vidsparse_kernels import linear_branch
+        from vidsparse_kernels import add_linear_branch
 
         if context.projection is None:
             raise ConfigError("The linear branch needs a projection for each layer; bind the method to a model.")
@@ -50,15 +50,11 @@ class LinearBranch:
             seen = (key_bias > -torch.inf).transpose(1, 2)[..., None]
             key, value = key.masked_fill(~seen, 0), value.masked_fill(~seen, 0)
         mask = selection.block_mask if self.coverage == "non_selected" else None
-        branch = linear_branch(
-            query, key, value, mask, feature_map=self.feature_map, coverage=self.coverage, skipped=selection.skipped,
-            backend=self.backend,
+        projection = context.projection
+        return add_linear_branch(
+            out, query, key, value, projection.weight, projection.bias, mask, feature_map=self.feature_map,
+            coverage=self.coverage, skipped=selection.skipped, backend=self.backend,
         )  # fmt: skip
-        # A weight in fp32 is rounded to half precision where the attention is, as in the public code under autocast.
-        weight, bias = context.projection.weight.to(branch.dtype), context.projection.bias
-        if bias is not None:
-            bias = bias.to(branch.dtype)
-        return out + torch.nn.functional.linear(branch, weight, bias)
 
 
 def branch_cost(seq_len: int, coverage: str) -> tuple[float, float]:

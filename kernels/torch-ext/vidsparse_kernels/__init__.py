@@ -13,7 +13,7 @@ from .block_sparse_attention import (
 from .block_sparse_attention.convert import from_flex_block_mask, to_flash4_block_sparse, to_flex_block_mask
 from .clustering import Clusters, assign_clusters, cluster, order_by_label, update_centroids
 from .errors import UnsupportedBackendError
-from .linear_branch import linear_branch
+from .linear_branch import add_linear_branch, linear_branch
 from .permutation import permute_tokens, unpermute_tokens
 from .pooled_tail import Pools, pool_for_tail, pooled_tail_attention, pooled_tail_merge_
 from .qk_norm_rope import qk_norm_rope, qk_norm_rope_pair
@@ -24,6 +24,7 @@ __all__ = [
     "Clusters",
     "Pools",
     "UnsupportedBackendError",
+    "add_linear_branch",
     "assign_clusters",
     "available_backends",
     "block_sparse_attention",

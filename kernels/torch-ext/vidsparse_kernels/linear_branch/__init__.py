@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .api import linear_branch
+from .api import add_linear_branch, linear_branch
 
-__all__ = ["linear_branch"]
+__all__ = ["add_linear_branch", "linear_branch"]

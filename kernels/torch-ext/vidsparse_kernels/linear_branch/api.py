@@ -6,6 +6,7 @@ import math
 from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..autocast import without_autocast
@@ -89,6 +90,75 @@ def linear_branch(
         from .forward import triton_forward
 
         return triton_forward(query, key, value, excluded, feature_map=feature_map, eps=eps, keep_rest=False)[0]
+
+
+def add_linear_branch(
+    out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    block_mask: BlockMask | None = None,
+    *,
+    feature_map: str = "softmax",
+    coverage: str = "all",
+    skipped: BlockMask | None = None,
+    eps: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """out + torch.nn.functional.linear(linear_branch(query, key, value, ...), weight, bias).
+
+    Over all keys, in half precision and at head_dim up to 128, Triton projects the total of each head in place of every
+    row and adds as it writes, in the precision of `weight` for the projection; everywhere else this is the sum as
+    written above, weight and bias rounded to the dtype of `query`.
+
+    Args:
+        out: output of sparse attention, like `query`.
+        query, key, value, block_mask, feature_map, coverage, skipped, eps, backend: as for `linear_branch`.
+        weight, bias: of the projection, `[head_dim, head_dim]` and `[head_dim]` or None, any floating point dtype.
+
+    Returns:
+        Like `query`. Differentiable once in all six tensors.
+
+    Raises:
+        ValueError: a shape, dtype, device or value does not fit; the message names it.
+        UnsupportedBackendError: the backend asked for cannot do this case.
+
+    Source: SLA (arXiv:2509.24006); M = (phi(K)^T V) P^T in place of P after the sum.
+    """
+    if not torch.compiler.is_compiling():
+        _check_arguments(query, key, value, block_mask, feature_map, coverage, skipped, eps, backend)
+        _check_projection(out, query, weight, bias)
+    if coverage == "all" and skipped is None and (backend == "triton" or backend == "auto" and query.is_cuda):
+        if _obstacle(query, None) is None and query.numel() and key.numel():
+            from .projected import fits, triton_projected
+
+            if fits(query):
+                eps = EPS[coverage] if eps is None else eps
+                with without_autocast(query.device.type):
+                    return triton_projected(out, query, key, value, weight, bias, feature_map=feature_map, eps=eps)
+    branch = linear_branch(
+        query, key, value, block_mask, feature_map=feature_map, coverage=coverage, skipped=skipped, eps=eps,
+        backend=backend,
+    )  # fmt: skip
+    with without_autocast(query.device.type):
+        return out + F.linear(branch, weight.to(branch.dtype), None if bias is None else bias.to(branch.dtype))
+
+
+def _check_projection(out: Tensor, query: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if out.shape != query.shape or out.dtype != query.dtype or out.device != query.device:
+        raise ValueError(
+            f"`out` must be like `query` {tuple(query.shape)} {query.dtype} on {query.device}, got {tuple(out.shape)} "
+            f"{out.dtype} on {out.device}."
+        )
+    head_dim = query.shape[3]
+    for name, x, shape in (("weight", weight, (head_dim, head_dim)), ("bias", bias, (head_dim,))):
+        if x is not None and (tuple(x.shape) != shape or not x.dtype.is_floating_point or x.device != query.device):
+            raise ValueError(
+                f"`{name}` must be floating point {shape} on {query.device}, got {x.dtype} {tuple(x.shape)} on "
+                f"{x.device}."
+            )
 
 
 def _obstacle(query: Tensor, excluded: BlockMask | None) -> str | None:

@@ -40,6 +40,7 @@ from .forward import (
     block_sizes,
     chunk_size,
     in_parts,
+    partial_totals,
     power_of_two,
     rows_are_aligned,
     totals,
@@ -417,7 +418,7 @@ def triton_backward(
     if masked:
         query_features, scaled, delta = like(query), like(query), torch.empty_like(denominator)
         key_features = like(key)
-        totals(key, value, key_features, feature_map=feature_map, only_features=True)
+        partial_totals(key, value, key_features, feature_map=feature_map, only_features=True)
     queries = QueryTotals(out, rest, denominator, key_sum, group_size, row_scale, eps, scaled, delta)
     query_state, query_sum = totals(query, grad_out, query_features, feature_map=feature_map, queries=queries)
     weak = queries.weak.amax(2) if queries.weak is not None else query_sum

@@ -51,8 +51,8 @@ from ..block_sparse_attention.forward import _tma_can_read as tma_can_read
 from ..block_sparse_attention.forward import unsupported as unsupported_attention
 from ..block_sparse_attention.tiles import own_tiles, tile_lists
 
-TARGET_PROGRAMS = 512
-"""Programs that the totals are split into: a few for each multiprocessor."""
+TARGET_PROGRAMS = 264
+"""Programs that the totals are split into: two for each multiprocessor of an H100 or H200."""
 WHOLE_BLOCK = 128
 """Tokens per q-block and kv-block where there is no mask."""
 ALL_BLOCK_M, ALL_WARPS = 64, 4
@@ -583,9 +583,23 @@ def totals(
     *,
     feature_map: str,
     queries: QueryTotals | None = None,
+) -> tuple[Tensor, Tensor]:
+    """phi(source)^T value `[batch, heads, D, D]` and the sum of phi(source) `[batch, heads, D]`: the sums of
+    `partial_totals`, whose arguments it takes."""
+    state, total = partial_totals(source, value, features, feature_map=feature_map, queries=queries)
+    return state.sum(2), total.sum(2)
+
+
+def partial_totals(
+    source: Tensor,
+    value: Tensor,
+    features: Tensor | None,
+    *,
+    feature_map: str,
+    queries: QueryTotals | None = None,
     only_features: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """phi(source)^T value and the sum of phi(source) per head, padded, in fp32; the same bits in every run.
+    """phi(source)^T value and the sum of phi(source) per head and chunk of tokens, padded, in fp32; no atomics.
 
     Args:
         source, value: key and value, or query and the gradient of the output.
@@ -595,7 +609,7 @@ def totals(
         only_features: fill `features`; the totals are not computed.
 
     Returns:
-        `[batch, heads, D, D]` and `[batch, heads, D]` for the D of `padded_head_dim`.
+        `[batch, heads, chunks, D, D]` and `[batch, heads, chunks, D]` for the D of `padded_head_dim`.
     """
     batch, seq_len, heads, head_dim = source.shape
     block_d = padded_head_dim(head_dim)
@@ -630,7 +644,7 @@ def totals(
             num_warps=8 if block_d > 128 or block_d == 128 and (is_query or not half) else KEY_TOTAL_WARPS,
             num_stages=2 if half else 1,
         )  # fmt: skip
-    return (state, total) if only_features else (state.sum(2), total.sum(2))
+    return state, total
 
 
 def in_parts(state: Tensor, seq_len: int, dtype: torch.dtype) -> Tensor:
