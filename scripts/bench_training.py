@@ -362,7 +362,7 @@ def main(given: list[str] | None = None) -> int:
         )
         expected = 1.2 * flops / 6e14 * sum(shape.counts)
         whole = len(shape.counts) == 1
-        cold = expected > (10 if whole else arguments.long) and (whole or not sparse)
+        cold = mode != "compiled" and expected > (10 if whole else arguments.long) and (whole or not sparse)
         needed = expected * (1 if cold else 2) + (5.0 if whole else 1.0) + 30.0 * (mode == "compiled")
         passed = time.monotonic() - STARTED
         if device.type == "cuda" and shares.world == 1 and passed + needed > arguments.seconds:
