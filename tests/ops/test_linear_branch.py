@@ -125,14 +125,14 @@ def test_gradient_of_a_row_without_keys_is_zero():
 
 @pytest.mark.parametrize("coverage", ["all", "non_selected"])
 def test_added_through_a_projection(coverage):
-    inputs = [x.double() for x in make_qkv(seq_len_q=70, head_dim=32)]
-    mask = make_mask(*inputs[:2])
-    out, weight, bias = torch.randn_like(inputs[0]), torch.randn(32, 32).double(), torch.randn(32)
-    branch = linear_branch(*inputs, block_mask=mask, coverage=coverage)
+    q, k, v = (x.double() for x in make_qkv(seq_len_q=70, head_dim=32))
+    mask = make_mask(q, k)
+    out, weight, bias = torch.randn_like(q), torch.randn(32, 32).double(), torch.randn(32)
+    branch = linear_branch(q, k, v, mask, coverage=coverage)
     want = out + branch @ weight.t() + bias
-    got = add_linear_branch(out, *inputs, weight, bias, mask, coverage=coverage)
+    got = add_linear_branch(out, q, k, v, weight, bias, mask, coverage=coverage)
     torch.testing.assert_close(got, want)
-    got = add_linear_branch(out, *inputs, weight, None, mask, coverage=coverage)
+    got = add_linear_branch(out, q, k, v, weight, None, mask, coverage=coverage)
     torch.testing.assert_close(got, want - bias)
     assert (branch @ weight.t()).abs().max() > 0.1
 

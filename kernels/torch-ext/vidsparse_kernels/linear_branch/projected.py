@@ -120,7 +120,7 @@ def projected_kernel(
         acc = tl.dot(a, state)
         acc = tl.dot(a, state_rest, acc)
         # Rows without weight give 0, and the bias.
-        acc *= tl.where(mass > 0.0, (1.0 / state_scale) / (mass + eps), 0.0)[:, None]
+        acc *= tl.where(mass > 0.0, (1.0 / state_scale) / (mass + eps), 0.0)[:, None]  # pyright: ignore
         acc += other.to(tl.float32) + bias[None, :]
         targets = out + tokens.to(tl.int64)[:, None] * out_stride_s + dims[None, :]
         tl.store(targets, acc.to(loaded.dtype), mask=(tokens < seq_len)[:, None] & (dims < HEAD_DIM)[None, :])
@@ -158,7 +158,7 @@ def projected_query_kernel(
         # [BLOCK_M, BLOCK_D]
         a = _features(x, peak, inverse, dims, HEAD_DIM, FEATURES).to(loaded.dtype).to(tl.float32)
         mass = tl.sum(a * key_sum[None, :], 1)
-        factor = tl.where(mass > 0.0, 1.0 / (mass + eps), 0.0)
+        factor = tl.where(mass > 0.0, 1.0 / (mass + eps), 0.0)  # pyright: ignore
         u = (grad.to(tl.float32) * (factor * row_scale)[:, None]).to(loaded.dtype)
         grad_a = tl.dot(u, tl.trans(state))
         grad_a = tl.dot(u, tl.trans(state_rest), grad_a) / state_scale
@@ -380,8 +380,10 @@ class _Projected(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,) = grad_outputs
-        query, key, value, weight, bias, *kept = ctx.saved_tensors
+        query, key, value, weight, bias, raw, state, key_sum = ctx.saved_tensors
         with without_autocast(query.device.type):
-            *grads, grad_weight = backward(grad, query, key, value, weight, *kept, ctx.feature_map, ctx.eps)
+            *grads, grad_weight = backward(
+                grad, query, key, value, weight, raw, state, key_sum, ctx.feature_map, ctx.eps
+            )
             grad_bias = None if bias is None else grad.sum((0, 1, 2), dtype=torch.float32).to(bias.dtype)
         return grad, *grads, grad_weight.to(weight.dtype), grad_bias, None, None
