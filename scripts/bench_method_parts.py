@@ -5,8 +5,8 @@
 
 A call is what a layer does in a step that is not the first: cluster (from the centroids of the step before), select,
 permute, attend, correct, restore. "ms" is the whole call, everything counted; the parts are timed one by one, and
-"uniform" is the time of uniform blocks, chosen at random, of the same density. All on the GPU's clock, bf16, head dim
-128, batch 1.
+"uniform" is the time of uniform blocks of 128 queries and 64 keys, chosen at random, of the same density (blocks of 128 keys
+are faster: docs/performance.md). All on the GPU's clock, bf16, head dim 128, batch 1.
 
 Query, key and value are those of the bundled model as `compare_selections.py --record` keeps them, made larger: each
 latent pixel is repeated over the pixels of the larger grid (21 frames both), two heads of 64 make one of 128 (every pair
