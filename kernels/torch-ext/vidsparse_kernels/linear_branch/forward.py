@@ -538,9 +538,8 @@ def _over_all_keys(
     """Fill out, rest and denominator for coverage "all"."""
     batch, seq_len, num_heads, head_dim = query.shape
     block_d = padded_head_dim(head_dim)
-    num_tiles = triton.cdiv(seq_len, ALL_BLOCK_M)
-    tiles_each = max(1, triton.cdiv(num_tiles * num_heads * batch, TARGET_PROGRAMS))
-    launch: Any = linear_all_kernel[(triton.cdiv(num_tiles, tiles_each), num_heads * batch)]
+    num_tiles, tiles_each, grid = tiles_of_programs(query, ALL_BLOCK_M)
+    launch: Any = linear_all_kernel[grid]
     with torch.cuda.device_of(query):
         launch(
             query, out, rest, denominator, state, key_sum, *query.stride(), *out.stride()[:3],
@@ -548,6 +547,14 @@ def _over_all_keys(
             HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=ALL_BLOCK_M, FEATURES=feature_map, STORE_REST=keep_rest,
             num_warps=ALL_WARPS, num_stages=2, enable_fp_fusion=True,
         )  # fmt: skip
+
+
+def tiles_of_programs(x: Tensor, block: int) -> tuple[int, int, tuple[int, int]]:
+    """Tiles of a head, tiles of a program, and the grid: no more than TARGET_PROGRAMS, so that none waits for others."""
+    batch, seq_len, heads, _ = x.shape
+    num_tiles = triton.cdiv(seq_len, block)
+    tiles_each = triton.cdiv(num_tiles, max(1, TARGET_PROGRAMS // (heads * batch)))
+    return num_tiles, tiles_each, (triton.cdiv(num_tiles, tiles_each), heads * batch)
 
 
 @dataclass

@@ -25,16 +25,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..autocast import without_autocast
+from ..block_selection.pooling import triton_pool
 from ..block_sparse_attention.backward import _device_limits
 from ..block_sparse_attention.configs import padded_head_dim
 from .forward import (
-    TARGET_PROGRAMS,
     _features,
     _features_gradient,
     _load_columns,
     _statistics,
     partial_totals,
     power_of_two,
+    tiles_of_programs,
 )
 
 BLOCK = 64
@@ -276,7 +277,7 @@ def forward(
     state_scale = power_of_two(1.0 / max(1, key.shape[1]))
     parts = partial_totals(key, value, None, feature_map=feature_map)
     raw, state, key_sum = _finish(*parts, key.shape[2] * batch, weight.t(), state_scale, query.dtype)
-    num_tiles, tiles_each, grid = _grid(query)
+    num_tiles, tiles_each, grid = tiles_of_programs(query, BLOCK)
     launch: Any = projected_kernel[grid]
     with torch.cuda.device_of(query):
         launch(
@@ -302,7 +303,7 @@ def backward(
     grad_query, grad_key, grad_value = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
     )
-    num_tiles, tiles_each, grid = _grid(query)
+    num_tiles, tiles_each, grid = tiles_of_programs(query, BLOCK)
     partial = torch.empty(grid[1], grid[0], block_d, block_d, dtype=torch.float32, device=query.device)
     partial_sum = torch.empty_like(partial[..., 0])
     factor = torch.empty(batch, num_heads, seq_len_q, dtype=torch.float32, device=query.device)
@@ -325,7 +326,7 @@ def backward(
     query_raw, query_state, query_sum = _finish(
         partial, partial_sum, batch * num_kv_heads, weight, state_scale, query.dtype
     )
-    num_tiles, tiles_each, grid = _grid(key)
+    num_tiles, tiles_each, grid = tiles_of_programs(key, BLOCK)
     launch = projected_key_kernel[grid]
     with torch.cuda.device_of(query):
         launch(
@@ -357,12 +358,12 @@ def _finish(
     return raw, state, total
 
 
-def _grid(x: Tensor) -> tuple[int, int, tuple[int, int]]:
-    """Tiles of a head, tiles of a program, and the grid."""
-    batch, seq_len, heads, _ = x.shape
-    num_tiles = triton.cdiv(seq_len, BLOCK)
-    tiles_each = max(1, triton.cdiv(num_tiles * heads * batch, TARGET_PROGRAMS))
-    return num_tiles, tiles_each, (triton.cdiv(num_tiles, tiles_each), heads * batch)
+def _sum_of_rows(x: Tensor) -> Tensor:
+    """Sum over all tokens and heads, fp32 `[head_dim]`; torch's own reduction over these dimensions takes four times as long."""
+    rows = 256
+    blocks = triton.cdiv(x.shape[1], rows)
+    means = triton_pool(x, rows, kinds=("mean",), offsets=None, num_blocks=blocks)["mean"].sum((0, 1))
+    return means[:-1].sum(0) * rows + means[-1] * (x.shape[1] - (blocks - 1) * rows)
 
 
 class _Projected(torch.autograd.Function):
@@ -385,5 +386,5 @@ class _Projected(torch.autograd.Function):
             *grads, grad_weight = backward(
                 grad, query, key, value, weight, raw, state, key_sum, ctx.feature_map, ctx.eps
             )
-            grad_bias = None if bias is None else grad.sum((0, 1, 2), dtype=torch.float32).to(bias.dtype)
+            grad_bias = None if bias is None else _sum_of_rows(grad).to(bias.dtype)
         return grad, *grads, grad_weight.to(weight.dtype), grad_bias, None, None
