@@ -31,6 +31,7 @@ stages = hopper.num_stages(block_n, head_dim)
 constants = dict(
     BLOCK_D=head_dim, BLOCK_N=block_n, Q_BLOCK=128, KV_BLOCK=block_n, STAGES=stages, RAGGED_KV=True,
     HAS_BIAS=biased, STORE_LSE=not quantized, QUANTIZED=quantized, LARGEST_MASS=hopper.LARGEST_MASS,
+    AHEAD=head_dim <= hopper.MAX_AHEAD and not biased and not quantized,
     CONSUMER_REGISTERS=hopper.CONSUMER_REGISTERS, PRODUCER_REGISTERS=hopper.PRODUCER_REGISTERS)
 rows = dict(query=64, key=block_n, value=block_n, out=64)
 others = dict(lse_ptr="*fp32", counts_ptr="*i32", indices_ptr="*i32", bias_ptr="*fp32",

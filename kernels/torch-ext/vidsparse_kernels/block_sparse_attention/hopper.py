@@ -9,14 +9,15 @@ that the loads of the next tile run under the end of the last one.
 The scheme is that of FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608, section 3.1), over block lists, but the softmax
 keeps no running maximum. Any number may be taken from the logits of a row as long as nothing overflows, so every tile takes
 the peak of the first one: no maximum, no rescaling, a third fewer instructions, and products of the next tile wait
-for less. fp32 has room for logits 69 above that peak. Where a sum went beyond, or a number is not finite, the scheduler
+for less. Up to head_dim 64 a warpgroup also has the product of query and the next keys computed during its softmax (section
+3.2 there). fp32 has room for logits 69 above that peak. Where a sum went beyond, or a number is not finite, the scheduler
 hands the q tile out again and it is done with a running maximum.
 """
 
 # In kernels every value is the compiler's, which its annotations for the host do not describe.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false
-# pyright: reportPossiblyUnboundVariable=false
+# pyright: reportPossiblyUnboundVariable=false, reportIndexIssue=false
 
 from __future__ import annotations
 
@@ -56,6 +57,9 @@ PRODUCER_REGISTERS = 24
 MAX_LATE_P = 64
 """Up to this head_dim kernels with a running maximum round the weights once the product of the last ones has ended, not
 before: on an H200 with head_dim 64 that made 442 TFLOP/s of 409."""
+MAX_AHEAD = 64
+"""Up to this head_dim the product of query and the next keys runs beside the softmax: on an H200 18 to 25 % more. Beyond,
+registers are short; with a bias or integers it has not been tried."""
 LARGEST_MASS = 2.0**100
 """Sums of weights beyond this are done again with a running maximum."""
 BIAS_ALIGNMENT = 4
@@ -148,12 +152,57 @@ def _thread_sums(weights, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
+def _tile_ahead(
+    i, tile_ahead, logits, acc, p, peak, parts, q, zeros, k_smem, v_smem, barriers,
+    key_scales, next_scale, row_scale, indices, qk_scale_log2,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, QUANTIZED: gl.constexpr,
+):  # fmt: skip
+    """Softmax of tile `i`, whose logits are there, beside the products of the values before and of the keys after it."""
+    _, _, k_full, k_empty, v_full, v_empty = barriers
+    LOG: gl.constexpr = _log2(STAGES)
+    ahead = (i + 1) & (STAGES - 1)
+    before = (i - 1) & (STAGES - 1)
+    if QUANTIZED:
+        key_scale = next_scale
+        next_scale = _scale_of(key_scales, indices, tile_ahead, TILES)
+    else:
+        key_scale = 0.0
+    mbarrier.wait(v_full.index(before), ((i - 1) >> LOG) & 1)
+    v = v_smem.index(before).reshape([BLOCK_N, BLOCK_D])
+    acc = warpgroup_mma(p, v, acc, is_async=True)
+    mbarrier.wait(k_full.index(ahead), ((i + 1) >> LOG) & 1)
+    k = k_smem.index(ahead).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
+    next_logits = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+    weights = _weights(logits, peak, row_scale, key_scale, qk_scale_log2, QUANTIZED)
+    parts += _thread_sums(weights, BLOCK_N)
+    next_p = gl.convert_layout(weights.to(p.dtype), p.type.layout)
+    acc, p, next_logits = warpgroup_mma_wait(0, deps=[acc, p, next_logits])
+    warpgroup_barrier()
+    mbarrier.arrive(k_empty.index(ahead), count=1)
+    mbarrier.arrive(v_empty.index(before), count=1)
+    return next_logits, acc, next_p, parts, next_scale
+
+
+@gluon.jit
+def _weights(logits, peak, row_scale, key_scale, qk_scale_log2, QUANTIZED: gl.constexpr):
+    """Exponentials of a tile against a peak that stays."""
+    MAGIC: gl.constexpr = 12582912.0
+    if QUANTIZED:
+        logits = (logits + 0x4B400000).to(gl.float32, bitcast=True)
+        factor = row_scale * key_scale
+        weights = gl.exp2(logits * factor[:, None] - (MAGIC * factor + peak)[:, None])
+    else:
+        weights = gl.exp2(logits * qk_scale_log2 - peak[:, None])
+    return weights
+
+
+@gluon.jit
 def _attend(
     consumer: gl.constexpr, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, items, verdicts, ready, ended,
     lists, biases, scales, num_heads, seq_len_q, seq_len_kv, num_q_tiles, qk_scale_log2,
     Q_BLOCK: gl.constexpr, KV_BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr, RAGGED_KV: gl.constexpr, HAS_BIAS: gl.constexpr, STORE_LSE: gl.constexpr,
-    QUANTIZED: gl.constexpr, LARGEST_MASS: gl.constexpr,
+    QUANTIZED: gl.constexpr, LARGEST_MASS: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: 64 queries of each q tile over their list, from its end, so that a cut tile comes first and its
     mask stays out of the loop.
@@ -194,6 +243,9 @@ def _attend(
         # [64], peak in base 2
         peak = gl.full([64], float("-inf"), gl.float32, s_rows)
         mass = gl.zeros([64], gl.float32, s_rows)
+        row_scale = 0.0
+        next_scale = 0.0
+        key_scales = key_scale_ptr
         if QUANTIZED:
             tokens = start_m + gl.arange(0, 64, s_rows)
             query_scales = query_scale_ptr + (batch.to(gl.int64) * num_heads + head) * seq_len_q
@@ -287,6 +339,46 @@ def _attend(
                     mbarrier.arrive(v_empty.index(before), count=1)
                     acc = acc * gl.convert_layout(decay, o_rows)[:, None]
                     p = next_p
+            elif AHEAD:
+                if num_tiles > 1:
+                    # The logits of a tile are there before the weights of the one before are used.
+                    stage = (base + 1) & (STAGES - 1)
+                    mbarrier.wait(k_full.index(stage), ((base + 1) >> LOG) & 1)
+                    k = k_smem.index(stage).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
+                    scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+                    scores = warpgroup_mma_wait(0, deps=[scores])
+                    warpgroup_barrier()
+                    mbarrier.arrive(k_empty.index(stage), count=1)
+                    last = base + num_tiles - 1
+                    # Two at a time, so that the two sets of logits change places without being copied.
+                    for pair in range(0, (num_tiles - 2) // 2):
+                        i = base + 1 + 2 * pair
+                        scores, acc, p, parts, next_scale = _tile_ahead(
+                            i, last - i - 1, scores, acc, p, peak, parts, q, zeros, k_smem, v_smem, barriers,
+                            key_scales, next_scale, row_scale, indices, qk_scale_log2,
+                            BLOCK_N, BLOCK_D, STAGES, TILES, QUANTIZED,
+                        )  # fmt: skip
+                        scores, acc, p, parts, next_scale = _tile_ahead(
+                            i + 1, last - i - 2, scores, acc, p, peak, parts, q, zeros, k_smem, v_smem, barriers,
+                            key_scales, next_scale, row_scale, indices, qk_scale_log2,
+                            BLOCK_N, BLOCK_D, STAGES, TILES, QUANTIZED,
+                        )  # fmt: skip
+                    if (num_tiles & 1) == 1:
+                        scores, acc, p, parts, next_scale = _tile_ahead(
+                            last - 1, 0, scores, acc, p, peak, parts, q, zeros, k_smem, v_smem, barriers,
+                            key_scales, next_scale, row_scale, indices, qk_scale_log2,
+                            BLOCK_N, BLOCK_D, STAGES, TILES, QUANTIZED,
+                        )  # fmt: skip
+                    before = (last - 1) & (STAGES - 1)
+                    mbarrier.wait(v_full.index(before), ((last - 1) >> LOG) & 1)
+                    v = v_smem.index(before).reshape([BLOCK_N, BLOCK_D])
+                    acc = warpgroup_mma(p, v, acc, is_async=True)
+                    weights = _weights(scores, peak, row_scale, next_scale, qk_scale_log2, QUANTIZED)
+                    parts += _thread_sums(weights, BLOCK_N)
+                    acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+                    warpgroup_barrier()
+                    mbarrier.arrive(v_empty.index(before), count=1)
+                    p = gl.convert_layout(weights.to(DTYPE), p_layout)
             else:
                 for i in range(base + 1, base + num_tiles):
                     stage = i & (STAGES - 1)
@@ -371,7 +463,7 @@ def block_sparse_forward_hopper_kernel(
     num_heads, group_size, seq_len_q, seq_len_kv, num_q_tiles, num_work, num_key_tiles, qk_scale_log2,
     BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, Q_BLOCK: gl.constexpr, KV_BLOCK: gl.constexpr,
     STAGES: gl.constexpr, RAGGED_KV: gl.constexpr, HAS_BIAS: gl.constexpr, STORE_LSE: gl.constexpr,
-    QUANTIZED: gl.constexpr, LARGEST_MASS: gl.constexpr,
+    QUANTIZED: gl.constexpr, LARGEST_MASS: gl.constexpr, AHEAD: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """128 queries of one head over their listed kv-blocks, q tile after q tile; query, key, value, out are
@@ -417,11 +509,13 @@ def block_sparse_forward_hopper_kernel(
                 0, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, items, verdicts, ready, ended, lists, biases,
                 scales, num_heads, seq_len_q, seq_len_kv, num_q_tiles, qk_scale_log2,
                 Q_BLOCK, KV_BLOCK, BLOCK_N, BLOCK_D, STAGES, RAGGED_KV, HAS_BIAS, STORE_LSE, QUANTIZED, LARGEST_MASS,
+                AHEAD,
             )),
             (_attend, (
                 1, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, items, verdicts, ready, ended, lists, biases,
                 scales, num_heads, seq_len_q, seq_len_kv, num_q_tiles, qk_scale_log2,
                 Q_BLOCK, KV_BLOCK, BLOCK_N, BLOCK_D, STAGES, RAGGED_KV, HAS_BIAS, STORE_LSE, QUANTIZED, LARGEST_MASS,
+                AHEAD,
             )),
             (_load_tiles, (
                 query, key, value, q_smem, k_smem, v_smem, barriers, items, ready, lists,
@@ -503,6 +597,7 @@ def hopper_forward(
             BLOCK_D=block_d, BLOCK_N=block_n, Q_BLOCK=block_mask.q_block_size, KV_BLOCK=block_mask.kv_block_size,
             STAGES=num_stages(block_n, block_d), RAGGED_KV=seq_len_kv % block_n != 0, HAS_BIAS=bias is not None,
             STORE_LSE=return_lse, QUANTIZED=quantize is not None, LARGEST_MASS=LARGEST_MASS,
+            AHEAD=block_d <= MAX_AHEAD and bias is None and quantize is None,
             CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
