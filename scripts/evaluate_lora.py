@@ -4,7 +4,8 @@
         untuned-dense=dense@321 untuned-radial=radial:density=0.3:block_size=32@321 radial-lora=runs/tiny-321/pytorch_lora_weights.safetensors
 
 Each row is LABEL=METHOD@FRAMES[x STEPS][g GUIDANCE], the model as it comes (`teacher=dense@81x30g4`), or LABEL=FILE, an
-adapter with the method, steps, guidance and frames of its header. Written are results.json (adherence by window of 81
+adapter with the method, steps, guidance and frames of its header, or LABEL=FILE@81x30g4; what neither says is the model's
+preset (20 steps, guidance 4). Written are results.json (adherence by window of 81
 frames with Wilson 95 % intervals, drift, restart, seconds of denoising, and on a GPU those of its kernels by kind, cross
 attention included, PSNR of the early frames and of all against the first row of equal length) and a contact sheet, both
 after each row; the run ends within --seconds.
@@ -39,6 +40,9 @@ from vidsparse_pipelines.lora import LoraSpec, load_loras, read_training
 from vidsparse_pipelines.model_info import BUNDLED_MODEL, inspect_model
 from vidsparse_pipelines.runfile import write_json
 
+PRESET = inspect_model(BUNDLED_MODEL).preset
+FEW = 8
+"""Up to so many steps the model as it comes has no dense warm-up steps and a scheduler for few steps."""
 ROW = re.compile(r"(?P<method>.+)@(?P<frames>\d+)(x(?P<steps>\d+))?(g(?P<guidance>[\d.]+))?")
 
 
@@ -47,34 +51,41 @@ def parse_row(text: str) -> tuple[str, dict[str, Any]]:
     label, equals, what = text.partition("=")
     if not equals or not label:
         raise SystemExit(f"A row must be LABEL=METHOD@FRAMES or LABEL=FILE, got {text!r}.")
-    if what.endswith(".safetensors"):
-        training = read_training(what)
+    match = ROW.fullmatch(what)
+    given = {
+        name: kind(match[name])
+        for name, kind in (("frames", int), ("steps", int), ("guidance", float))
+        if match is not None and match[name]
+    }
+    file = match["method"] if match is not None else what
+    if file.endswith(".safetensors"):
+        training = read_training(file)
         if training is None:
-            raise SystemExit(f"{what!r} was not written by `vidsparse train`.")
+            raise SystemExit(f"{file!r} was not written by `vidsparse train`.")
         recipe = training["recipe"]
         options = {k: v for k, v in recipe["config"].items() if k != "schedule"} | recipe["config"]["schedule"]
         return label, {
-            "file": what,
+            "file": file,
             "method": None if recipe["method"] == "dense" else recipe["method"],
             "options": options,
             "frames": max(training["num_frames"]),
-            "steps": training["num_inference_steps"],
-            "guidance": training["guidance_scale"],
+            "steps": training["num_inference_steps"] or PRESET.num_inference_steps,
+            "guidance": training["guidance_scale"] or PRESET.guidance_scale,
             "trained_steps": training["trained_steps"],
             "training_seconds": training["seconds"],
+            **given,
         }
-    match = ROW.fullmatch(what)
     if match is None:
         raise SystemExit(f"A row must be LABEL=METHOD@FRAMES or LABEL=FILE, got {text!r}.")
     method = parse_recipe(match["method"])
-    few = match["steps"] and int(match["steps"]) <= 8
+    few = given.get("steps", PRESET.num_inference_steps) <= FEW
     return label, {
         "file": None,
         "method": None if method.name == "dense" else method.name.partition(":")[0],
         "options": {"min_tokens": 0, **({"warmup_steps": 0} if few else {}), **method.options},
-        "frames": int(match["frames"]),
-        "steps": int(match["steps"]) if match["steps"] else None,
-        "guidance": float(match["guidance"]) if match["guidance"] else None,
+        "steps": PRESET.num_inference_steps,
+        "guidance": PRESET.guidance_scale,
+        **given,
     }
 
 
@@ -95,14 +106,13 @@ class Evaluation:
     @torch.no_grad()
     def clips(self, row: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
         """`[clips, 3, frames, height, width]` uint8 of one row on the CPU, and the attention report."""
-        info = inspect_model(BUNDLED_MODEL)
-        preset = info.preset
-        pipe = load_pipeline(info, dtype=self.args.dtype, device=str(self.device), offload="none").pipe
+        pipe = load_pipeline(
+            inspect_model(BUNDLED_MODEL), dtype=self.args.dtype, device=str(self.device), offload="none"
+        ).pipe
         pipe.set_progress_bar_config(disable=True)
-        few = row["steps"] is not None and row["steps"] <= 8
         if row["file"] is not None:
             load_loras(pipe, (LoraSpec(row["file"]),))
-        elif few:
+        elif row["steps"] <= FEW:
             from vidsparse_pipelines.lora import few_step_scheduler
 
             pipe.scheduler = few_step_scheduler(pipe.scheduler.config.flow_shift)
@@ -111,15 +121,15 @@ class Evaluation:
         def denoise(prompts: list[str], first: int) -> Any:
             return pipe(
                 prompt=prompts,
-                height=preset.height,
-                width=preset.width,
+                height=PRESET.height,
+                width=PRESET.width,
                 num_frames=row["frames"],
-                num_inference_steps=row["steps"] or preset.num_inference_steps,
-                guidance_scale=row["guidance"] or preset.guidance_scale,
+                num_inference_steps=row["steps"],
+                guidance_scale=row["guidance"],
                 generator=[
                     torch.Generator("cpu").manual_seed(self.args.seed + first + i) for i in range(len(prompts))
                 ],
-                max_sequence_length=preset.max_sequence_length,
+                max_sequence_length=PRESET.max_sequence_length,
                 output_type="latent",
             ).frames
 
