@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -609,3 +610,28 @@ def test_spread_prefers_blocks_whose_logits_differ():
     assert chosen[True][rows, wide].all() and not chosen[False][rows, wide].all()
     with pytest.raises(ConfigError, match="`spread` must be True or False, got 1"):
         vidsparse.PooledProcessor(spread=1)
+
+
+@pytest.mark.parametrize("method", ["pooled", "pisa", "sla"])
+@pytest.mark.parametrize("size", [64, 128])
+def test_blocks_of_keys_have_the_size_that_is_asked_for(method, size):
+    layout = TokenLayout(LatentGrid(3, 20, 20))
+    context = make_context(layout, Recipe.from_options(method, density=0.3, kv_block_size=size), "cpu")
+    context = dataclasses.replace(context, projection=torch.nn.Linear(16, 16))
+    q, k, v = (torch.randn(1, 1200, 2, 16) for _ in range(3))
+    out, selection = attend(q, k, v, context)
+    assert selection is not None
+    mask = selection.block_mask
+    assert (mask.q_block_size, mask.kv_block_size) == (128, size)
+    # The share that was asked for, rounded up to whole blocks, and a q-block's own keys.
+    asked = math.ceil(0.3 * mask.num_kv_blocks)
+    assert bool((mask.kv_num_blocks >= asked).all()) and bool((mask.kv_num_blocks <= asked + 128 // size).all())
+    exact = masked_attention_oracle(q, k, v, BlockMask.full(1200, 1200, q_block_size=128, kv_block_size=64))[0]
+    if method == "pisa":
+        assert (out - exact).norm() < 0.9 * (vidsparse.sparse_attention(q, k, v, mask) - exact).norm()
+
+
+def test_sizes_of_key_blocks_that_there_are_not_are_refused():
+    for value in (32, 96, 64.0, True):
+        with pytest.raises(ConfigError, match=f"`kv_block_size` must be 64, 128 or None, got {value}"):
+            vidsparse.PooledProcessor(kv_block_size=value)

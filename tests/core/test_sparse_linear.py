@@ -166,6 +166,7 @@ def test_checkpoints_that_do_not_fit_are_refused():
         ({"coverage": "non_selected"}, "trained with `coverage` 'all', and the recipe has 'non_selected'"),
         ({"feature_map": "elu"}, "trained with `feature_map` 'softmax', and the recipe has 'elu'"),
         ({"skip": 0.1}, "trained with `skip` 0.0, and the recipe has 0.1"),
+        ({"kv_block_size": 128}, "trained with blocks of 64 keys, and the recipe has `kv_block_size` 128"),
     ):
         model.set_attn_processor(SparseLinearProcessor(**options, **ALWAYS))
         with pytest.raises(ConfigError, match=sentence):

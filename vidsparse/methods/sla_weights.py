@@ -81,7 +81,12 @@ def check_selection(config: SparseLinearConfig, num_tokens: int | None = None) -
                 f"Public SLA checkpoints were trained with `{name}` {trained!r}, and the recipe has {given!r}; leave "
                 f"`{name}` out."
             )
-    sizes = BLOCK_SIZES if num_tokens is None else block_sizes(num_tokens)
+    if config.kv_block_size not in (None, BLOCK_SIZES[1]):
+        raise ConfigError(
+            f"Public SLA checkpoints were trained with blocks of {BLOCK_SIZES[1]} keys, and the recipe has "
+            f"`kv_block_size` {config.kv_block_size}; leave `kv_block_size` out."
+        )
+    sizes = BLOCK_SIZES if num_tokens is None else block_sizes(num_tokens, config.kv_block_size)
     if sizes != BLOCK_SIZES:
         raise ConfigError(
             f"Public SLA checkpoints run with blocks of {BLOCK_SIZES[0]} queries and {BLOCK_SIZES[1]} keys, and "

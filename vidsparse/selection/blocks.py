@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from vidsparse.processors.context import AttentionContext
 
 
-def block_sizes(seq_len: int) -> tuple[int, int]:
-    """Query and key block sizes for a length: 128 and 64, smaller where that would leave less than 64 key blocks."""
+def block_sizes(seq_len: int, kv_block_size: int | None = None) -> tuple[int, int]:
+    """Query and key block sizes for a length: 128 and 64, smaller where that would leave less than 64 key blocks; 128 and
+    what is asked for, where it is."""
+    if kv_block_size is not None:
+        return 128, kv_block_size
     size = 64
     while size > 16 and seq_len < 64 * size:
         size //= 2
@@ -58,6 +61,7 @@ class PooledSelector:
         random_seed: choose at random with this seed in place of the scores; the same blocks in every step.
         spread: choose by what the mean of a block loses (`selection.spread`), not by its mean alone.
         skip: share of the key blocks of a row, those with the lowest scores, that a correction leaves out as well.
+        kv_block_size: tokens of a key block, None: by the length (`block_sizes`).
     """
 
     layout: TokenLayout
@@ -68,10 +72,11 @@ class PooledSelector:
     random_seed: int | None = None
     spread: bool = False
     skip: float = 0.0
+    kv_block_size: int | None = None
 
     @cached_property
     def sizes(self) -> tuple[int, int]:
-        return block_sizes(self.layout.seq_len)
+        return block_sizes(self.layout.seq_len, self.kv_block_size)
 
     @cached_property
     def _forced(self) -> tuple[torch.Tensor, int | None]:
