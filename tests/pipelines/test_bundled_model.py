@@ -88,7 +88,9 @@ def test_adapters_that_ship_fit_and_say_how_they_are_used() -> None:
     settings, options, _ = settings_for((LoraSpec("tiny-4-steps"),), {})
     assert (settings["num_inference_steps"], settings["guidance_scale"], settings["sparse"]) == (4, 1.0, "radial")
     assert options["density"] == 0.5 and options["warmup_steps"] == 0
-    assert settings_for((LoraSpec("tiny-321"),), {})[0]["num_frames"] == 321
+    settings, options, _ = settings_for((LoraSpec("tiny-321"),), {})
+    assert (settings["num_frames"], settings["sparse"]) == (321, "pooled")
+    assert (options["density"], options["dense_layers"], options["refresh_every"]) == (0.2, 0, 2)
     pipe = load_pipeline(inspect_model(BUNDLED_MODEL), dtype="float32", device="cpu", offload="none").pipe
     before = pipe.transformer.blocks[0].attn1.to_q.weight.clone()
     load_loras(pipe, (LoraSpec("tiny-4-steps", 0.5),))
