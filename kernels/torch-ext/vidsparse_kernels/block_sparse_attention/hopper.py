@@ -244,6 +244,7 @@ def _attend(
         peak = gl.full([64], float("-inf"), gl.float32, s_rows)
         mass = gl.zeros([64], gl.float32, s_rows)
         row_scale = 0.0
+        key_scale = 0.0
         next_scale = 0.0
         key_scales = key_scale_ptr
         if QUANTIZED:
@@ -391,23 +392,19 @@ def _attend(
                         next_scale = _scale_of(key_scales, indices, base + num_tiles - 2 - i, TILES)
                     mbarrier.wait(k_full.index(stage), (i >> LOG) & 1)
                     k = k_smem.index(stage).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
-                    logits = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+                    scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
                     mbarrier.wait(v_full.index(before), ((i - 1) >> LOG) & 1)
                     v = v_smem.index(before).reshape([BLOCK_N, BLOCK_D])
                     acc = warpgroup_mma(p, v, acc, is_async=True)
                     if HAS_BIAS:
                         tile_bias = _load_bias(bias, start, seq_len_kv, BLOCK_N, s_columns, False)
-                    logits = warpgroup_mma_wait(1, deps=[logits])
+                    scores = warpgroup_mma_wait(1, deps=[scores])
                     warpgroup_barrier()
                     mbarrier.arrive(k_empty.index(stage), count=1)
                     if HAS_BIAS:
-                        weights = gl.exp2(logits * qk_scale_log2 + (tile_bias[None, :] - peak[:, None]))
-                    elif QUANTIZED:
-                        logits = (logits + 0x4B400000).to(gl.float32, bitcast=True)
-                        factor = row_scale * key_scale
-                        weights = gl.exp2(logits * factor[:, None] - (MAGIC * factor + peak)[:, None])
+                        weights = gl.exp2(scores * qk_scale_log2 + (tile_bias[None, :] - peak[:, None]))
                     else:
-                        weights = gl.exp2(logits * qk_scale_log2 - peak[:, None])
+                        weights = _weights(scores, peak, row_scale, key_scale, qk_scale_log2, QUANTIZED)
                     parts += _thread_sums(weights, BLOCK_N)
                     next_p = gl.convert_layout(weights.to(DTYPE), p_layout)
                     acc, p = warpgroup_mma_wait(0, deps=[acc, p])
