@@ -98,6 +98,12 @@ def distribution_of(accelerator: Any, sequence: int) -> Distribution:
             f"accelerate was set up for {kind}, which wraps model and optimizer as one, and training switches adapters "
             "inside the model; launch with configs/accelerate/ddp.yaml or fsdp2.yaml."
         )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > world:
+        raise ConfigError(
+            f"{started} processes were started and accelerate joined {world}, as it does without a GPU; set `device` to 'cpu' "
+            "to train on the CPU with several."
+        )
     if world % sequence:
         raise ConfigError(
             f"`context_parallel` {sequence} does not divide the {world} processes that were started; launch a multiple of "

@@ -163,6 +163,12 @@ def test_what_cannot_be_shared_out_is_refused(monkeypatch: pytest.MonkeyPatch) -
         distribution_of(accelerator("MULTI_GPU"), 3)
     found = distribution_of(accelerator("MULTI_GPU", num_processes=8, process_index=5), 4)
     assert (found.groups, found.group, found.place, found.fsdp) == (2, 1, 1, None)
+    with (
+        monkeypatch.context() as started,
+        pytest.raises(ConfigError, match="2 processes .* joined 1.*`device` to 'cpu'"),
+    ):
+        started.setenv("WORLD_SIZE", "2")  # without a GPU each would train for itself in the same folder
+        distribution_of(accelerator("NO", num_processes=1), 1)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     plugin = SimpleNamespace(fsdp_version=1)
     with pytest.raises(ConfigError, match="FSDP version 1.*set `fsdp_version: 2`"):
