@@ -87,7 +87,9 @@ class PooledProcessor(SparseProcessor):
         from vidsparse.layout import TokenLayout
         from vidsparse.selection.blocks import block_sizes
 
-        q_block_size, _ = block_sizes(grid.num_tokens + text_before + text_after, self.config.kv_block_size)
+        # svg1 and random have this layout, but not that setting.
+        kv_block_size = getattr(self.config, "kv_block_size", None)
+        q_block_size, _ = block_sizes(grid.num_tokens + text_before + text_after, kv_block_size)
         return TokenLayout(grid, text_before, text_after, block_size=q_block_size)
 
     def parts(self, layout: TokenLayout, device: Any) -> tuple[Parts, str | None]:
