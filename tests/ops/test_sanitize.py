@@ -63,6 +63,37 @@ def test_the_byte_for_roles_is_no_race_and_a_tile_is_one(sanitize):
     assert (found["errors"], found["role_bytes"]) == (1, 1)
 
 
+def test_numbers_handed_over_are_no_race_if_the_control_shows_the_same(sanitize, monkeypatch):
+    def report(file: str, text: str) -> str:
+        lines = sanitize.lines_of(file)
+        number = next(number for number, found in enumerate(lines) if text in found)
+        return (
+            f"========= Error: Race reported between Read access at kernel+0x100 in {file}:1\n"
+            f"=========     and Write access at kernel+0x200 in {file}:{number} [3 hazards]\n"
+        )
+
+    end = "========= RACECHECK SUMMARY: 1 hazards displayed (1 errors, 0 warnings)\n"
+    verdict = report("hopper.py", "verdicts.index(slot * 2 + consumer).store(") + end
+    for text in (verdict, report("hopper_schedule.py", "items.index(slot).store(") + end):
+        found = sanitize.outcome(text, 0, "racecheck")
+        assert (found["errors"], found["handed_over"]) == (0, 1)
+    assert sanitize.outcome(report("hopper.py", "o_smem.index(consumer)") + end, 0, "racecheck")["errors"] == 1
+
+    def run(control: str) -> int:
+        texts = {"hand_over": control, "hopper": verdict}
+
+        def one_run(family, tool, deadline):
+            return {"family": family, "tool": tool, **sanitize.outcome(texts[family] if tool else "", 0, tool)}
+
+        monkeypatch.setattr(sanitize, "one_run", one_run)
+        monkeypatch.setattr(sanitize.torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(sanitize.torch.cuda, "get_device_name", lambda: "a GPU")
+        return sanitize.main(["--families", "hand_over,hopper", "--tools", "racecheck"])
+
+    assert run(report("hand_over.py", "number.store(") + end) == 0
+    assert run(CLEAN.replace("ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards displayed")) == 1
+
+
 def test_wrong_names_exit_with_2(sanitize, capsys):
     assert sanitize.main(["--families", "forwards"]) == 2
     assert sanitize.main(["--tools", "memchk"]) == 2
