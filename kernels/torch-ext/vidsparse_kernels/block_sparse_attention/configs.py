@@ -136,7 +136,8 @@ def backward_config(
     # Products whose sums live outside the operands' registers, so that large tiles do not spill.
     warpgroups = (9, 0) <= capability < (11, 0)
     # Rows that a program owns, rows per loop step, warps and stages, for the gradient of query, then key and value.
-    # Chosen from the compiler's report, not from times: at most 24 bytes spilled on 9.0 and 10.0 in half precision.
+    # On 9.0 in half precision by a sweep of times (docs/performance.md), elsewhere from the compiler's report: at most 24
+    # bytes spilled.
     if itemsize > 2:
         # fp32 products run on the plain cores: small tiles, as their operands are held in registers.
         rows = 32 if block_d <= 128 else 16
@@ -144,11 +145,11 @@ def backward_config(
     elif block_d > 128:
         query = key_value = (64, 32, 8, 2) if warpgroups else (32, 32, 8, 1)
     elif block_d > 64 and warpgroups:
-        query = key_value = (128, 64, 8, 2)
+        query, key_value = (64, 64, 4, 3), (64, 64, 4, 2)
     elif block_d > 64:
         query = key_value = (128 if shared_memory >= 128 * KILOBYTE else 64, 32, 8, 2)
     elif warpgroups:
-        query, key_value = (128, 64, 4, 2), (64, 128, 4, 2)
+        query, key_value = (128, 64, 8, 2), (64, 64, 4, 2)
     else:
         query, key_value = (64, 64, 4, 2), (64, 32, 4, 2)
 
