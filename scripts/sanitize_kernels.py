@@ -242,6 +242,7 @@ def examine(family: str, tools: list[str], deadline: float) -> list[dict[str, An
 
 
 def one_run(family: str, tool: str | None, deadline: float) -> dict[str, Any]:
+    """The row of one family under one tool, or under none."""
     started = time.monotonic()
     command = [sys.executable, str(Path(__file__).resolve()), "--run", family]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -298,13 +299,14 @@ def is_role_byte(report: str) -> bool:
 
 
 def is_role_line(kernel: str, file: str, line: int) -> bool:
-    lines = lines_of(file)
-    if f"def {kernel}(" not in "\n".join(lines) or line >= len(lines):
-        return False
-    # A condition around the call lends its own line to it.
-    return lines[line].startswith(f"def {kernel}(") or any(
-        text.strip() == "gl.warp_specialize(" for text in lines[line : line + 2]
-    )
+    """Whether the line is the `def` of the kernel or its call of `gl.warp_specialize`."""
+    for lines in sources(kernel, file):
+        # A condition around the call lends its own line to it.
+        if "".join(lines[line : line + 1]).startswith(f"def {kernel}(") or any(
+            text.strip() == "gl.warp_specialize(" for text in lines[line : line + 2]
+        ):
+            return True
+    return False
 
 
 def is_handed_over(report: str) -> bool:
@@ -314,18 +316,19 @@ def is_handed_over(report: str) -> bool:
     racecheck does not follow that order: it reports the same of `hand_over.py`, which does nothing else. Where it stays
     silent about that, `main` counts these reports as errors.
     """
-    writes = re.findall(r"Write access at \w+\+0x[0-9a-f]+ in (\S+\.py):(\d+)", report)
+    writes = re.findall(r"Write access at (\w+)\+0x[0-9a-f]+ in (\S+\.py):(\d+)", report)
     return bool(writes) and all(
-        HANDED_OVER.search("".join(lines_of(file)[int(line) : int(line) + 1])) for file, line in writes
+        any(HANDED_OVER.search("".join(lines[int(line) : int(line) + 1])) for lines in sources(kernel, file))
+        for kernel, file, line in writes
     )
 
 
-def lines_of(file: str) -> list[str]:
-    """The lines of a source file of ours by its name, counted from 1; none where there is no such file."""
-    for folder in (KERNELS, Path(__file__).parent):
-        for path in folder.rglob(Path(file).name):
-            return ["", *path.read_text().splitlines()]
-    return []
+def sources(kernel: str, file: str) -> list[list[str]]:
+    """The lines, counted from 1, of our source files of that name: those that define the kernel where some do, else all,
+    as the sanitizer names files without their folder."""
+    paths = [path for folder in (KERNELS, Path(__file__).parent) for path in folder.rglob(Path(file).name)]
+    found = [["", *path.read_text().splitlines()] for path in paths]
+    return [lines for lines in found if any(text.startswith(f"def {kernel}(") for text in lines)] or found
 
 
 if __name__ == "__main__":

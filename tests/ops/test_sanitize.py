@@ -64,12 +64,14 @@ def test_the_byte_for_roles_is_no_race_and_a_tile_is_one(sanitize):
 
 
 def test_numbers_handed_over_are_no_race_if_the_control_shows_the_same(sanitize, monkeypatch):
+    kernel = "block_sparse_forward_hopper_kernel"
+
     def report(file: str, text: str) -> str:
-        lines = sanitize.lines_of(file)
+        lines = sanitize.sources(kernel, file)[0]
         number = next(number for number, found in enumerate(lines) if text in found)
         return (
-            f"========= Error: Race reported between Read access at kernel+0x100 in {file}:1\n"
-            f"=========     and Write access at kernel+0x200 in {file}:{number} [3 hazards]\n"
+            f"========= Error: Race reported between Read access at {kernel}+0x100 in {file}:1\n"
+            f"=========     and Write access at {kernel}+0x200 in {file}:{number} [3 hazards]\n"
         )
 
     end = "========= RACECHECK SUMMARY: 1 hazards displayed (1 errors, 0 warnings)\n"
