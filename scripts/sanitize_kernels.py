@@ -193,6 +193,7 @@ FAMILIES = {
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the families asked for under the tools asked for, print a row each, write the file; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", default=",".join(FAMILIES), help="comma-separated, of " + ", ".join(FAMILIES))
     parser.add_argument("--tools", default=",".join(TOOLS), help="comma-separated, of " + ", ".join(TOOLS))

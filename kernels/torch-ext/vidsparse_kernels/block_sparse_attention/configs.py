@@ -136,8 +136,8 @@ def backward_config(
     # Products whose sums live outside the operands' registers, so that large tiles do not spill.
     warpgroups = (9, 0) <= capability < (11, 0)
     # Rows that a program owns, rows per loop step, warps and stages, for the gradient of query, then key and value.
-    # On 9.0 in half precision by a sweep of times (docs/performance.md), elsewhere from the compiler's report: at most 24
-    # bytes spilled.
+    # Half precision up to 128 with warpgroups: from times on 9.0 (docs/performance.md). All others from the compiler's
+    # report, not from times. On 9.0 and 10.0 at most 24 bytes are spilled in half precision.
     if itemsize > 2:
         # fp32 products run on the plain cores: small tiles, as their operands are held in registers.
         rows = 32 if block_d <= 128 else 16
