@@ -8,7 +8,10 @@ such blocks), so the memory is that of a small model and the time that of the re
 gives it. Each variant runs eager and with its blocks compiled one by one (what `compile_repeated_blocks` does), so
 compiled is to be compared with compiled. A row counts everything inside a block; making the mask of a static method is
 timed apart (`mask_s`), and `video_speedup` counts it once in 50 steps of two guidance branches. Dense steps and layers
-are off: a row says what one sparse step costs. What would not end within `--seconds` is left out, and said; a forward of
+are off: a row says what one sparse step costs. "dense, our kernel" is what a dense step of a sparse method runs: the model's
+dense attention, through our kernel where that is faster. `video_with_dense_steps` is a generation with the method's own
+schedule, a quarter of the steps and for most methods the first layer dense: its speed-up with our kernel for dense calls, and
+with the model's own attention for them. What would not end within `--seconds` is left out, and said; a forward of
 more than `--forward-seconds` is measured with a half, a quarter or an eighth of the blocks (`part_forward`).
 
     torchrun --nproc-per-node 2 scripts/bench_models.py --cases wan-14b-720p81 --output two.json
@@ -175,8 +178,10 @@ CASES: dict[str, Case] = {
 PARTS = (1, 2, 4, 8)
 """A forward too long for `--forward-seconds` is measured with this part of the blocks."""
 
-FORWARDS = 100
-"""Of a generation with 50 steps and two guidance branches."""
+FORWARDS, STEPS = 100, 50
+"""Of a generation, with two guidance branches."""
+
+OUR_DENSE = "dense, our kernel"
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 """Processes that torchrun started, one for each GPU."""
@@ -262,6 +267,8 @@ def build(case: Case, device: torch.device) -> Any:
 def run_case(name: str, case: Case, arguments: argparse.Namespace, deadline: float) -> Iterator[dict[str, Any]]:
     """The rows of one case: stock, at density 0.2 and as published, first eager and then compiled."""
     variants: list[tuple[str, tuple[str, dict[str, Any]] | None]] = [("stock", None), ("density 0.2", case.sparse)]
+    if WORLD == 1:
+        variants.insert(1, (OUR_DENSE, ("dense", {"dense_backend": "auto"})))
     if case.published is not None:
         variants.append(("published", case.published))
     if case.sparse == IMAGE:
@@ -271,6 +278,7 @@ def run_case(name: str, case: Case, arguments: argparse.Namespace, deadline: flo
     model, inputs, mask_seconds = None, None, {}
     # Seconds of all blocks by number of GPUs and mode, and of the blocks as measured first.
     stock: dict[Any, Any] = {}
+    ours: dict[bool, float] = {}
     modes = [(gpus, mode == "compiled") for gpus in sorted({1, WORLD}) for mode in arguments.modes.split(",")]
     shared = False
     for gpus, compiled in modes:
@@ -322,8 +330,18 @@ def run_case(name: str, case: Case, arguments: argparse.Namespace, deadline: flo
                     handle.remove()
             if method is None:
                 stock |= {(gpus, compiled): total, "blocks": stock.get("blocks", blocks)}
+            if label == OUR_DENSE:
+                ours[compiled] = total
             against = stock.get((gpus, compiled))
             mask = mask_seconds.get(label, 0.0)
+            whole = {}
+            if method is not None and label != OUR_DENSE and against:
+                whole = {
+                    name: with_dense_steps(method, case, against, dense, total, mask)
+                    # Eager dense steps have norms and rotary embedding in one kernel, which stock blocks have not.
+                    for name, dense in (("our kernel", ours.get(compiled)), ("the model's own", compiled and against))
+                    if dense
+                }
             yield row | {
                 "density": 1.0 if report is None else round(report.sparse_density or 1.0, 4),
                 "backend": "default" if report is None else "+".join(sorted({r.backend for r in report.rows})),
@@ -338,10 +356,29 @@ def run_case(name: str, case: Case, arguments: argparse.Namespace, deadline: flo
                 ),
                 "speedup_over_stock": against and round(against / total, 2),
                 "video_speedup": against and round(FORWARDS * against / (FORWARDS * total + mask), 2),
+                **({"video_with_dense_steps": whole} if whole else {}),
                 "mask_s": round(mask, 2),
                 "first_forward_s": round(first, 2),
                 "peak_gib": clock.peak_gib(),
             }
+
+
+def with_dense_steps(
+    method: tuple[str, dict[str, Any]], case: Case, stock: float, dense: float, sparse: float, mask: float
+) -> float:
+    """Speed-up of a generation in which the method's own schedule leaves steps and layers dense.
+
+    Args:
+        method: its name and settings.
+        case: the model.
+        stock, dense, sparse: seconds of all blocks: of the model as it is, in a dense step, in a sparse one.
+        mask: seconds of making the mask, once.
+    """
+    schedule = Recipe.from_options(*method[:1], **method[1]).schedule
+    warm_up = schedule.warmup(STEPS) / STEPS
+    first = schedule.dense_layers / sum(case.repeats.values())
+    step = warm_up * dense + (1 - warm_up) * (first * dense + (1 - first) * sparse)
+    return round(FORWARDS * stock / (FORWARDS * step + mask), 2)
 
 
 class Clock:

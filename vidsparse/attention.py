@@ -56,7 +56,7 @@ def sparse_attention(
         torch.Size([1, 320, 2, 64])
     """
     if isinstance(context, BlockMask):
-        return _over_blocks(query, key, value, context, key_bias, scale, backend or "auto")
+        return over_blocks(query, key, value, context, key_bias, scale, backend or "auto")
     if context is None and layout is not None and recipe is not None:
         context = make_context(layout, recipe, query.device)
     if not isinstance(context, AttentionContext):
@@ -107,8 +107,8 @@ def attend(
     if parts.is_static:
         assert parts.block_mask is not None
         backend = backend or (context.backend if key_bias is None else context.bias_backend)
-        return _over_blocks(query, key, value, parts.block_mask, key_bias, scale, backend), None
-    query, key, value = _autocast(query, key, value)
+        return over_blocks(query, key, value, parts.block_mask, key_bias, scale, backend), None
+    query, key, value = in_autocast(query, key, value)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     selection = _select(query, key, context)
     query, key, value = selection.permute(query, key, value)
@@ -160,7 +160,7 @@ def _select_anew(query: torch.Tensor, key: torch.Tensor, context: AttentionConte
         return parts.selector.select(query, key, context)
 
 
-def _over_blocks(
+def over_blocks(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -169,7 +169,7 @@ def _over_blocks(
     scale: float | None,
     backend: str,
 ) -> torch.Tensor:
-    query, key, value = _autocast(query, key, value)
+    query, key, value = in_autocast(query, key, value)
     if torch.compiler.is_compiling():
         from vidsparse.ops import block_sparse_attention_op
 
@@ -183,7 +183,7 @@ def _over_blocks(
     return out
 
 
-def _autocast(
+def in_autocast(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Inputs as dense attention would take them: norms and rotary embedding may leave fp32 beside half precision."""

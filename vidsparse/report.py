@@ -11,6 +11,9 @@ from vidsparse.schedule import ASKED_FOR
 MAX_ROWS = 200_000
 """Rows kept per generation (40 layers x 50 steps x 2 branches are 4,000); calls beyond are only counted."""
 
+DENSE_ON = "dense on "
+"""Before the name of our kernel: the backend of a dense call that ran on it."""
+
 MAX_UNSETTLED = 20_000
 """Rows whose densities may wait on a device."""
 
@@ -24,11 +27,12 @@ class Row:
         name: module path of the layer.
         step: denoising step, None outside a generation (training).
         branch: guidance branch as the pipeline names it ("cond", "uncond"), None where it does not.
-        backend: "dense" or the backend of the block-sparse call.
+        backend: "dense", the model's own attention; "dense on hopper", all blocks by our kernel; or the backend of the
+            block-sparse call.
         density: computed blocks / all blocks; 1.0 when dense. A tensor on the device until the report is read.
         tokens: sequence length.
         reason: why it ran dense, None when sparse.
-        backend_reason: why this backend, in the words of the kernels package; None when dense.
+        backend_reason: why this backend; of a sparse call in the words of the kernels package.
         calls: number of calls.
         agreement: least agreement with exact attention that the guard measured, None where it did not. Something with
             an `agreement()` until the report is read.
@@ -175,6 +179,16 @@ class Report:
         return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
     @property
+    def dense_kernels(self) -> dict[str, int]:
+        """Number of dense calls by the kernel of ours that they ran on; the others were the model's own attention."""
+        counts: dict[str, int] = {}
+        for row in self.rows:
+            if row.backend.startswith(DENSE_ON):
+                name = row.backend.removeprefix(DENSE_ON)
+                counts[name] = counts.get(name, 0) + row.calls
+        return counts
+
+    @property
     def fallbacks(self) -> list[Row]:
         """Rows that ran dense although the recipe did not ask for it."""
         return [row for row in self.rows if row.is_fallback]
@@ -248,7 +262,9 @@ class Report:
         ]
         if self.dense_calls:
             parts.append(
-                "dense: " + ", ".join(f"{reason} {calls} calls" for reason, calls in self.dense_calls.items())
+                "dense: "
+                + ", ".join(f"{reason} {calls} calls" for reason, calls in self.dense_calls.items())
+                + "".join(f" ({calls} on {name})" for name, calls in self.dense_kernels.items())
             )
         guard = self.guard_dict()
         if guard is not None and guard["least"] is not None:
@@ -272,6 +288,7 @@ class Report:
             "sparse_density": self.sparse_density,
             "mean_density": self.mean_density,
             "dense_calls": self.dense_calls,
+            "dense_kernels": self.dense_kernels,
             "backends": self.backends,
             "notes": list(self.notes),
             "dropped_calls": self.dropped_calls,

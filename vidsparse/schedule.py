@@ -11,6 +11,7 @@ ASSUMED_WARMUP_STEPS = 12
 """Warm-up when nobody says how many steps there are: 12 of 50, as in Radial Attention (arXiv 2506.19852, section 5)."""
 
 KEEPS = ("nothing", "state", "residual")
+DENSE_BACKENDS = ("auto", "stock")
 
 WARMUP = "warm-up step"
 COOLDOWN = "cool-down step"
@@ -50,6 +51,9 @@ class Schedule:
         guard: agreement with exact attention, in (0, 1), that sparse calls of a generation shall have on sampled query
             rows: 1 minus the squared relative error. A layer that falls short attends more densely, or dense, from the
             next step on, and the report says so (`vidsparse.guard`). Default None: nothing is compared.
+        dense_backend: which kernel dense calls run on. "auto" (default, but for the method "dense"): our kernel over all
+            blocks where that is estimated to be faster, which is on a Hopper GPU, in bf16, in inference, for calls without
+            a mask; the output differs by rounding. "stock": always the model's own attention.
 
     Raises:
         ConfigError: a number is out of range.
@@ -63,6 +67,7 @@ class Schedule:
     reuse_gib: float | None = None
     min_tokens: int | None = None
     guard: float | None = None
+    dense_backend: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("warmup_steps", "cooldown_steps", "dense_layers", "min_tokens"):
@@ -81,6 +86,10 @@ class Schedule:
             raise ConfigError(f"`keep` {self.keep!r} needs `refresh_every` of at least 2 steps, got 1.")
         if self.reuse_gib is not None and (isinstance(self.reuse_gib, bool) or not self.reuse_gib >= 0):
             raise ConfigError(f"`reuse_gib` must be at least 0, got {self.reuse_gib!r}.")
+        if self.dense_backend not in DENSE_BACKENDS:
+            raise ConfigError(
+                f"`dense_backend` must be one of {', '.join(DENSE_BACKENDS)}, got {self.dense_backend!r}."
+            )
         if self.guard is not None and (not is_number(self.guard) or not 0 < self.guard < 1):
             raise ConfigError(f"`guard` must be above 0 and below 1, such as 0.95, got {self.guard!r}.")
 

@@ -34,7 +34,7 @@ class Forecast:
         sparse_attention_flops: of a sparse call in every layer.
         dense_flops, expected_flops: of the whole denoising.
         memory: bytes by part, roughly.
-        seconds_dense, seconds_expected: of the whole denoising.
+        seconds_dense, seconds_expected: of the whole denoising, by the model as it is and by the method.
         attention_share: of the time of the dense run.
         ceiling: speed-up if the calls that may be sparse took no time (Amdahl).
         verdict: one sentence.
@@ -126,13 +126,20 @@ def forecast(
         notes.append(f"{note}.")
     dtype = torch.bfloat16 if itemsize == 2 else torch.float32
     heads = (shape.num_heads, shape.head_dim)
-    plan = processor.plan(grid, steps, shape.num_layers, rates.device_type, dtype, heads)
+    ours = rates.is_hopper and not shape.facts.masked
+    plan = processor.plan(grid, steps, shape.num_layers, rates.device_type, dtype, heads, ours)
     call = CallShape(1, shape.num_heads, layout.seq_len, shape.head_dim)
     density = parts.block_mask.density if parts.block_mask is not None else parts.density
     if density is None:
         density = UNKNOWN_DENSITY
         notes.append(f"the density depends on the video; {density:g} is assumed for the time.")
-    slow = None if processor.always_dense else processor.slow_reason(parts, call, rates.device_type, dtype)
+    dense_cost = processor.dense_cost(call, ours)
+    slow = None
+    if not processor.always_dense:
+        slow = processor.slow_reason(parts, call, rates.device_type, dtype, dense_cost)
+    if dense_cost < 1:
+        dense_cost = min(1.0, rates.relative(call, 1.0))
+        notes.append(f"dense calls run on our kernel, in {dense_cost:.2f} of the time of the model's own attention.")
     selects = parts.selector is not None
     sparse_cost = rates.relative(
         call, density, selects=selects, overhead=parts.overhead, factor=parts.factor, call_seconds=parts.call_seconds
@@ -165,9 +172,9 @@ def forecast(
     other_s = linear / rates.matmul + shape.elementwise_bytes(grid, itemsize) / rates.bandwidth
     forwards = steps * shape.passes(guidance)
     dense_s = forwards * (dense_attention_s + other_s)
-    kept_dense_s = dense_attention_s * (1 - share_sparse)
+    kept_dense_s = dense_attention_s * (1 - share_sparse) * dense_cost
     expected_s = forwards * (other_s + kept_dense_s + attention_s * share_sparse * sparse_cost)
-    ceiling = (dense_attention_s + other_s) / (other_s + dense_attention_s * (1 - share_eligible))
+    ceiling = (dense_attention_s + other_s) / (other_s + dense_attention_s * (1 - share_eligible) * dense_cost)
     attention_share = dense_attention_s / (dense_attention_s + other_s)
     speedup = dense_s / expected_s
     helps = speedup >= WORTH_IT

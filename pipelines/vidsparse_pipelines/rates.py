@@ -18,7 +18,7 @@ from vidsparse.errors import ConfigError
 from .environment import device_name
 from .runfile import write_json
 
-FORMAT, FORMAT_VERSION = "vidsparse-rates", 1
+FORMAT, FORMAT_VERSION = "vidsparse-rates", 2
 SECONDS = 20.0
 """A measurement takes at most about this long, without compiling."""
 
@@ -36,6 +36,7 @@ class Rates:
         bandwidth: bytes/s of a copy, read and written.
         sparse_share, sparse_slope: a static sparse call takes sparse_share + sparse_slope * density of the dense one;
             None: the fit of `vidsparse.break_even`, which was made on an H200.
+        is_hopper: whether dense calls of sparse methods may run on our kernel.
     """
 
     device: str
@@ -46,6 +47,7 @@ class Rates:
     bandwidth: float
     sparse_share: float | None = None
     sparse_slope: float | None = None
+    is_hopper: bool = False
 
     def relative(
         self,
@@ -85,6 +87,7 @@ RECORDED = {
         matmul=0.85 * 780e12,
         attention=600e12,
         bandwidth=4.26e12,
+        is_hopper=True,
     )
 }
 
@@ -197,6 +200,7 @@ def measure(device: Any, seconds: float = SECONDS) -> Rates:
         bandwidth=copied / copy,
         sparse_share=max(0.0, at_low - slope * low),
         sparse_slope=slope,
+        is_hopper=gpu and torch.cuda.get_device_capability(device) == (9, 0),
     )
 
 

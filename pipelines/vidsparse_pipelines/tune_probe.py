@@ -97,7 +97,14 @@ class Probe(SparseProcessor):
     ) -> str | None:
         return None if self.looking else METHOD_DENSE
 
-    def slow_reason(self, parts: Parts, shape: Any, device_type: str, dtype: torch.dtype | None = None) -> str | None:
+    def slow_reason(
+        self,
+        parts: Parts,
+        shape: Any,
+        device_type: str,
+        dtype: torch.dtype | None = None,
+        dense_cost: float = 1.0,
+    ) -> str | None:
         return None
 
     def parts(self, layout: TokenLayout, device: Any) -> tuple[Parts, str | None]:

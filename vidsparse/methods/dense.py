@@ -1,4 +1,4 @@
-"""Dense attention as a method: the family's own attention, with the same report and schedule as the sparse ones."""
+"""Dense attention as a method: the family's own attention (or our kernel, if asked for), with the same report and schedule as the sparse ones."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DenseConfig:
-    """Settings of the method "dense": none but the schedule, which changes nothing here.
+    """Settings of the method "dense": none but the schedule.
 
     Attributes:
-        schedule: kept so that a recipe can be switched to "dense" and back without losing it.
+        schedule: kept so that a recipe can be switched to "dense" and back without losing it. All but `dense_backend` is
+            without effect, and that is "stock" unless told otherwise: the baseline is what the model does by itself.
     """
 
-    schedule: Schedule = field(default_factory=Schedule)
+    schedule: Schedule = field(default_factory=lambda: Schedule(dense_backend="stock"))
 
 
 class DenseProcessor(SparseProcessor):
     """Runs the model's own attention in every layer and step and reports it.
 
     Args:
-        options: fields of `Schedule`, accepted and without effect.
+        options: fields of `Schedule`, accepted and without effect but for `dense_backend`.
     """
 
     method = "dense"

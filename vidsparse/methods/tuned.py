@@ -148,7 +148,14 @@ class TunedProcessor(SparseProcessor):
         dense = all(self.names[choice] == DENSE for choice in ((cell,) if isinstance(cell, int) else cell))
         return BY_RECIPE if dense else super().dense_reason(step_index, num_steps, layer_index, seq_len)
 
-    def slow_reason(self, parts: Parts, shape: Any, device_type: str, dtype: torch.dtype | None = None) -> str | None:
+    def slow_reason(
+        self,
+        parts: Parts,
+        shape: Any,
+        device_type: str,
+        dtype: torch.dtype | None = None,
+        dense_cost: float = 1.0,
+    ) -> str | None:
         # What a choice costs was weighed when the recipe was made.
         return None
 
@@ -200,8 +207,9 @@ class TunedProcessor(SparseProcessor):
         device_type: str = "cpu",
         dtype: torch.dtype | None = None,
         heads: tuple[int, int] | None = None,
+        is_hopper: bool = False,
     ) -> Plan:
-        plan = super().plan(grid, num_steps, num_layers, device_type, dtype, heads)
+        plan = super().plan(grid, num_steps, num_layers, device_type, dtype, heads, is_hopper)
         layout = self.layout(grid)
         density = functools.cache(functools.partial(self._density, layout))
 

@@ -109,10 +109,14 @@ class Handle:
 
         The device is the one that the weights are on now, the dtype theirs.
         """
+        import torch
+
         num_layers = max(len(binding.layers) for binding in self._bindings.values())
         weights = next(next(iter(self._models.values())).parameters())
         heads = next(iter(self._bindings.values())).heads(next(iter(self._models.values())))
-        return self.processor.plan(grid, num_steps, num_layers, weights.device.type, weights.dtype, heads)
+        device = weights.device
+        is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+        return self.processor.plan(grid, num_steps, num_layers, device.type, weights.dtype, heads, is_hopper)
 
 
 class _StepCount:

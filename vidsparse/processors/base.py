@@ -129,7 +129,12 @@ class SparseProcessor(ABC):
         return self.recipe.schedule.dense_reason(step_index, num_steps, layer_index, seq_len)
 
     def slow_reason(
-        self, parts: Parts, shape: CallShape, device_type: str, dtype: torch.dtype | None = None
+        self,
+        parts: Parts,
+        shape: CallShape,
+        device_type: str,
+        dtype: torch.dtype | None = None,
+        dense_cost: float = 1.0,
     ) -> str | None:
         """Why dense attention is faster than this method, or None. A `min_tokens` that somebody set is final.
 
@@ -138,6 +143,7 @@ class SparseProcessor(ABC):
             shape: of the call.
             device_type: where it runs; only "cpu" and "cuda" were measured.
             dtype: in which attention is computed, default fp32.
+            dense_cost: time of a dense call over that of the model's own attention, below 1 where our kernel runs it.
         """
         if self.recipe.schedule.min_tokens is not None:
             return None
@@ -165,9 +171,17 @@ class SparseProcessor(ABC):
             from vidsparse_kernels.block_sparse_attention.sdpa import relative_cost as cost_on_cpu
 
             density, cost = mask.density, cost_on_cpu(mask, dtype or torch.float32)
+        cost /= dense_cost
         if cost <= 1:
             return None
         return f"dense is faster at {shape.seq_len:,} tokens and density {density:.2f}, an estimated {cost:.2f} times"
+
+    def dense_cost(self, shape: CallShape, is_hopper: bool) -> float:
+        """Estimated time of a dense call in inference over that of the model's own attention, at most 1."""
+        from vidsparse.break_even import every_block_cost
+
+        ours = is_hopper and self.recipe.schedule.dense_backend != "stock"
+        return min(1.0, every_block_cost(shape)) if ours else 1.0
 
     def plan(
         self,
@@ -177,6 +191,7 @@ class SparseProcessor(ABC):
         device_type: str = "cpu",
         dtype: torch.dtype | None = None,
         heads: tuple[int, int] | None = None,
+        is_hopper: bool = False,
     ) -> Plan:
         """What a generation on `grid` will compute; builds the mask once, on the CPU.
 
@@ -187,6 +202,7 @@ class SparseProcessor(ABC):
             device_type: where the generation will run; what runs dense because that is faster depends on it.
             dtype: in which attention will be computed, likewise; None (default) means fp32.
             heads: number and size of the model's heads; None (default): whether a GPU is faster dense is left open.
+            is_hopper: whether the GPU is one that our kernel for dense calls runs on.
 
         Raises:
             ConfigError: a number is below 1.
@@ -201,7 +217,8 @@ class SparseProcessor(ABC):
         num_heads, head_dim = heads or (1, 128)
         shape = CallShape(1, num_heads, layout.seq_len, head_dim)
         judged = not self.always_dense and (device_type == "cpu" or heads is not None)
-        slow = judged and self.slow_reason(parts, shape, device_type, dtype) is not None
+        cost = self.dense_cost(shape, is_hopper)
+        slow = judged and self.slow_reason(parts, shape, device_type, dtype, cost) is not None
         density = parts.block_mask.density if parts.block_mask is not None else parts.density
         if density is None:
             density, note = 1.0, "the density depends on the video; 1 is its upper bound"

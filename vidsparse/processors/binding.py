@@ -24,6 +24,16 @@ from vidsparse.layout import TokenLayout
 from vidsparse.parts import Parts, check_reuse, size_in_words
 from vidsparse.processors.base import SparseProcessor
 from vidsparse.processors.context import MAX_MASKS, AttentionContext, RunState
+from vidsparse.processors.dense_calls import (
+    GRADIENTS,
+    OF_THE_CALL,
+    ON_KERNEL,
+    PARALLEL,
+    STOCK_DENSE,
+    SWITCHED_OFF,
+    EveryBlock,
+    choose_dense,
+)
 from vidsparse.processors.families import FAMILIES, Family, family_of, supported_models
 from vidsparse.processors.parallel import Shards, deal_heads, make_shards, may_deal, mean_over_ranks, refusal
 from vidsparse.report import Raised, Row
@@ -188,6 +198,7 @@ class _Forward:
 
     Attributes:
         layouts: of its calls, the longest first; most families have one.
+        batch: samples of one call.
         shards: for each layout this rank's share under context parallelism, or None.
         parts: for each layout what the method does; empty while no layer is sparse.
         backend: name and reason for static masks; "auto" is settled at the call of a method that selects.
@@ -195,9 +206,13 @@ class _Forward:
         density: of a static mask.
         keeps: whether layers may keep things for later steps.
         device: of the sparse calls.
+        every_block: for each layout what dense calls run on, None: the model's own attention.
+        dense_reason: why.
+        dense_cost: estimated time of a dense call over that of the model's own attention.
     """
 
     layouts: list[TokenLayout]
+    batch: int
     shards: list[Shards | None] = field(init=False)
     parts: list[Parts] = field(default_factory=list)
     backend: tuple[str, str | None] = ("auto", None)
@@ -205,9 +220,13 @@ class _Forward:
     density: float = 1.0
     keeps: bool = False
     device: Any = None
+    every_block: Sequence[EveryBlock | None] = ()
+    dense_reason: str | None = None
+    dense_cost: float = 1.0
 
     def __post_init__(self) -> None:
         self.shards = [None] * len(self.layouts)
+        self.every_block = self.every_block or [None] * len(self.layouts)
 
 
 class Binding:
@@ -308,17 +327,21 @@ class Binding:
         arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
         if self.family.hidden_states not in arguments:
             return  # The model's own error says what is missing.
-        hidden_states = _first_tensor(arguments[self.family.hidden_states])
+        latents = arguments[self.family.hidden_states]
+        hidden_states = _first_tensor(latents)
         training = torch.is_grad_enabled() and model.training
         self.run.start_forward(self._timestep(arguments), training)
-        forward = _Forward(self._layouts(arguments, model.config))
+        batch = len(latents) if isinstance(latents, list | tuple) else hidden_states.shape[0]
+        forward = _Forward(self._layouts(arguments, model.config), 1 if self.family.per_sample else batch)
+        self._choose_dense(forward, model, arguments, hidden_states)
         check_reuse(self.processor.recipe.schedule.reuse_gib, hidden_states.device)
         self.processor.check(forward.layouts[0].grid)
         seq_len = forward.layouts[0].seq_len
         obstacle = self.family.obstacle(arguments, model.config)
         reasons = [self._dense_reason(layer, seq_len, training) or obstacle for layer in self.layers]
-        for index, path in enumerate(self.saved):
-            if reasons[index] is None and _skips_scores(model.get_submodule(path)):
+        skipping = {n for n, path in enumerate(self.saved) if _skips_scores(model.get_submodule(path))}
+        for index in range(len(self.layers)):
+            if reasons[index] is None and index in skipping:
                 reasons[index] = SCORES_SKIPPED
         refused = self._share_out(forward, model, hidden_states.device)
         reasons = [refused if reason is None else reason for reason in reasons]
@@ -341,7 +364,7 @@ class Binding:
         for path, layer, reason, level in zip(self.saved, self.layers, reasons, levels, strict=True):
             projection = getattr(model.get_submodule(path), PROJECTION, None)
             mine = forwards.get(level, forward)
-            self._hand_out(mine, layer, reason, projection, guarded)
+            self._hand_out(mine, layer, reason, projection, guarded, layer.layer_index in skipping)
             if layer.layer_name in short:
                 self._tell_raised(layer, mine, reason, short[layer.layer_name])
 
@@ -381,7 +404,13 @@ class Binding:
             return GUARDED
         if not is_denser(self.run.parts_of(processor, layouts[0], *where, quiet=True), parts, level):
             return GUARDED
-        forwards[level] = _Forward(layouts)
+        forwards[level] = _Forward(
+            layouts,
+            forward.batch,
+            every_block=forward.every_block,
+            dense_reason=forward.dense_reason,
+            dense_cost=forward.dense_cost,
+        )
         forwards[level].shards = forward.shards
         slow = self._prepare(forwards[level], processor, model, arguments, hidden_states)
         return GUARDED if slow is not None else None
@@ -444,17 +473,44 @@ class Binding:
             self.run.report.note(f"{self.family.name} attends sample by sample: nothing is kept from step to step")
         if needs_grad:
             return None
-        shape = self.call_shape(model, hidden_states, forward.layouts[0].seq_len)
-        return processor.slow_reason(first, shape, device.type, _compute_dtype(hidden_states))
+        shape = self.call_shape(model, forward.batch, forward.layouts[0].seq_len)
+        return processor.slow_reason(first, shape, device.type, _compute_dtype(hidden_states), forward.dense_cost)
+
+    def _choose_dense(self, forward: _Forward, model: Any, arguments: dict[str, Any], hidden_states: Any) -> None:
+        """Settle what the dense calls of a forward run on."""
+        if self.processor.recipe.schedule.dense_backend == "stock":
+            forward.dense_reason = SWITCHED_OFF
+        elif torch.is_grad_enabled():
+            forward.dense_reason = GRADIENTS
+        elif getattr(self.layers[0], "_parallel_config", None) is not None:
+            forward.dense_reason = PARALLEL
+        else:
+            dtype, device = _compute_dtype(hidden_states), hidden_states.device
+            shapes = [self.call_shape(model, forward.batch, layout.seq_len) for layout in forward.layouts]
+            chosen = [choose_dense(shape, dtype, device) for shape in shapes]
+            forward.dense_reason = chosen[0].reason
+            # What has a mask over its text gives it to attention, which our kernel for dense calls does not take.
+            masked = any("mask" in name and x is not None for name, x in arguments.items())
+            forward.dense_cost = 1.0 if masked else chosen[0].cost
+            forward.every_block = [each.blocks for each in chosen]
 
     def _hand_out(
-        self, forward: _Forward, layer: Any, reason: str | None, projection: Any, guarded: bool = False
+        self,
+        forward: _Forward,
+        layer: Any,
+        reason: str | None,
+        projection: Any,
+        guarded: bool = False,
+        skips_scores: bool = False,
     ) -> None:
         """Give a layer its contexts for this forward, and note its row for the report."""
         run, schedule, sparse = self.run, self.processor.recipe.schedule, reason is None
         parts = forward.parts if sparse else [None] * len(forward.layouts)
         keeps = forward.keeps and parts[0] is not None and not parts[0].is_static
         memory = run.memory(layer.layer_name, schedule.reuse_gib) if keeps else None
+        # What makes a module return its values reaches torch's own attention alone.
+        replaces = not sparse and not skips_scores
+        every_block = forward.every_block if replaces else [None] * len(forward.layouts)
         each_call = [
             AttentionContext(
                 layer_index=layer.layer_index,
@@ -471,14 +527,16 @@ class Binding:
                 bias_backend=forward.bias_backend[0] if sparse else "auto",
                 shards=self._dealt(shards, forward, each, memory),
                 guarded=guarded and sparse,
+                every_block=blocks,
             )
-            for layout, each, shards in zip(forward.layouts, parts, forward.shards, strict=True)
+            for layout, each, shards, blocks in zip(forward.layouts, parts, forward.shards, every_block, strict=True)
         ]
         contexts = {context.num_tokens: context for context in each_call}
         layer.context = each_call[0]
         layer.lengths = contexts if len(contexts) > 1 else {}
         layer.sparse, layer.called, layer.biased, layer.late_reason = sparse, False, False, None
         layer.selected, layer.guarded, layer.measured = None, guarded and sparse, []
+        layer.dense_runs = None
         if torch.is_grad_enabled():
             # For a replay inside the backward pass; a forward without gradients, of a teacher for instance, has none.
             layer.recent |= contexts
@@ -495,7 +553,7 @@ class Binding:
                 density=forward.density if sparse else 1.0,
                 tokens=forward.layouts[0].seq_len,
                 reason=reason,
-                backend_reason=forward.backend[1] if sparse else None,
+                backend_reason=forward.backend[1] if sparse else None if skips_scores else forward.dense_reason,
             )
         )
 
@@ -524,6 +582,10 @@ class Binding:
                 backend, backend_reason = bias_backend
                 self._check_fast(backend, backend_reason, layer.device_type)
                 row = replace(row, backend=backend, backend_reason=backend_reason)
+            elif layer.dense_runs == STOCK_DENSE:
+                row = replace(row, backend_reason=OF_THE_CALL)
+            elif layer.dense_runs is not None:
+                row = replace(row, backend=ON_KERNEL)
             self.run.report.add(row)
         fused = sum(layer.fuses for layer in self.layers)
         if fused:
@@ -586,9 +648,9 @@ class Binding:
             return UNKNOWN_STEP
         return self.processor.dense_reason(run.step, run.num_steps, layer.layer_index, seq_len)
 
-    def call_shape(self, model: Any, hidden_states: Any, seq_len: int) -> CallShape:
+    def call_shape(self, model: Any, batch: int, seq_len: int) -> CallShape:
         num_heads, head_dim = self.heads(model)
-        return CallShape(hidden_states.shape[0], num_heads, seq_len, head_dim)
+        return CallShape(batch, num_heads, seq_len, head_dim)
 
     def heads(self, model: Any) -> tuple[int, int]:
         """Number and size of the heads of a target."""

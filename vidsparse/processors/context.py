@@ -11,6 +11,7 @@ import torch
 from vidsparse.guard import Guard
 from vidsparse.layout import TokenLayout
 from vidsparse.parts import LayerMemory, MemoryBudget, Parts
+from vidsparse.processors.dense_calls import EveryBlock
 from vidsparse.processors.parallel import Shards
 from vidsparse.report import Report
 
@@ -44,6 +45,7 @@ class AttentionContext:
         generator: for methods that draw random numbers; none does yet.
         shards: how the tokens lie on the ranks of a context-parallel group, None on one device.
         guarded: whether sampled rows of the call are compared with exact attention.
+        every_block: for a dense call that is faster through our kernel, None where the model's own attention runs.
     """
 
     layer_index: int
@@ -61,6 +63,7 @@ class AttentionContext:
     generator: torch.Generator | None = None
     shards: Shards | None = None
     guarded: bool = False
+    every_block: EveryBlock | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-from vidsparse.attention import attend
+from vidsparse.attention import attend, in_autocast, over_blocks
 from vidsparse.errors import DenseFallbackError, UnboundProcessorError, UnsupportedModelError
 from vidsparse.guard import measure
 from vidsparse.processors.context import AttentionContext
+from vidsparse.processors.dense_calls import KERNEL, STOCK_DENSE
 from vidsparse.processors.families import Family
 from vidsparse.processors.fused import fused_form
 from vidsparse.processors.parallel import attend_over_ranks, note_loads
@@ -54,6 +55,7 @@ class LayerProcessor:
     biased: bool
     fuses: bool
     late_reason: str | None
+    dense_runs: str | None
     recent: dict[int, AttentionContext]
     selected: tuple[str, str, Any] | None
     guarded: bool
@@ -61,6 +63,7 @@ class LayerProcessor:
     device_type: str
     key_mask: Callable[[torch.Tensor], torch.Tensor] | None
     pairwise_mask: bool
+    per_sample: bool
     handle: torch.Tensor
     _attention_backend: Any
     _parallel_config: Any
@@ -89,9 +92,13 @@ class LayerProcessor:
 
         Stands where the family calls `dispatch_attention_fn`, with its arguments.
         """
-        context = self._sparse_context(query, key, attn_mask, is_causal, dropout_p)
-        if context is not None:
+        context = self._context_of(query, key, attn_mask, is_causal, dropout_p)
+        if context is not None and context.parts is not None:
             return self._attend_masked(query, key, value, context, attn_mask, scale)
+        plain = not (attn_mask is not None or dropout_p or is_causal or attention_kwargs or backend or parallel_config)
+        out = self._attend_every_block(query, key, value, context, plain, enable_gqa, scale)
+        if out is not None:
+            return out
         return dispatch_attention_fn(
             query,
             key,
@@ -119,12 +126,47 @@ class LayerProcessor:
     ) -> torch.Tensor:
         """Likewise on `[batch, num_heads, seq_len, head_dim]`, in place of torch's `scaled_dot_product_attention`."""
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        context = self._sparse_context(q, k, attn_mask, is_causal, dropout_p)
-        if context is not None:
+        context = self._context_of(q, k, attn_mask, is_causal, dropout_p)
+        if context is not None and context.parts is not None:
             return self._attend_masked(q, k, v, context, attn_mask, scale).transpose(1, 2)
+        plain = not (attn_mask is not None or dropout_p or is_causal)
+        out = self._attend_every_block(q, k, v, context, plain, enable_gqa, scale)
+        if out is not None:
+            return out.transpose(1, 2)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+
+    def _attend_every_block(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        context: AttentionContext | None,
+        plain: bool,
+        enable_gqa: bool,
+        scale: float | None,
+    ) -> torch.Tensor | None:
+        """A dense call through our kernel, or None where the model's own attention is to run.
+
+        Args:
+            query, key, value: `[batch, seq_len, num_heads, head_dim]`.
+            context: of the call.
+            plain: nothing but query, key, value and scale was given.
+            enable_gqa: whether key and value may have fewer heads than query.
+            scale: factor on query . key.
+        """
+        if context is None or context.every_block is None:
+            return None
+        inputs = in_autocast(query, key, value)
+        # In a compiled forward the length of one sample's tokens is no number yet.
+        unknown = self.per_sample and torch.compiler.is_compiling()
+        if unknown or not plain or not context.every_block.fits(*inputs, enable_gqa):
+            self.dense_runs = STOCK_DENSE
+            return None
+        # Where one call of a layer is the model's own, the report does not say that all were ours.
+        self.dense_runs = self.dense_runs or KERNEL
+        return over_blocks(*inputs, context.every_block.mask, None, scale, KERNEL)
 
     def _attend_masked(
         self,
@@ -199,10 +241,13 @@ class LayerProcessor:
         """In a compiled forward the length of a prompt without its padding is no number yet. Not for training."""
         return bool(self.lengths) and torch.compiler.is_compiling() and not torch.is_grad_enabled()
 
-    def _sparse_context(
+    def _context_of(
         self, query: torch.Tensor, key: torch.Tensor, attn_mask: Any, is_causal: bool, dropout_p: float
     ) -> AttentionContext | None:
-        """The context of a sparse call, or None for a dense one; query and key are `[batch, seq_len, ...]`."""
+        """The context of a call, without parts where it is dense; None where it is none of ours or cannot be sparse.
+
+        Query and key are `[batch, seq_len, ...]`.
+        """
         context, sparse = self.context, self.sparse
         if self.lengths and not self._finds_length_at_run_time():
             # Some families drop the padding of each sample's prompt, so one forward makes calls of several lengths.
@@ -238,12 +283,12 @@ class LayerProcessor:
                     "call the model without it or turn off `strict`."
                 )
             self.late_reason = obstacle
-            sparse = False
+            context = None
         if not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
             # Not inside a compiled checkpoint, where nothing outside may be written.
             self.called = True
             self.biased = attn_mask is not None
-        return context if sparse else None
+        return context
 
 
 def _obstacle(attn_mask: torch.Tensor | None, is_causal: bool, dropout_p: float) -> str | None:
@@ -359,11 +404,12 @@ def make_layer(original: Any, family: Family, *, index: int, name: str, strict: 
     layer = _restore(family.processor_class(type(original)), dict(vars(original)))
     layer.layer_index, layer.layer_name, layer.strict = index, name, strict
     layer.sparse, layer.called, layer.biased, layer.late_reason = False, False, False, None
-    layer.fuses = False
+    layer.fuses, layer.dense_runs = False, None
     layer.context, layer.lengths, layer.recent, layer.selected = None, {}, {}, None
     layer.guarded, layer.measured = False, []
     layer.device_type = "cpu"
     layer.key_mask, layer.pairwise_mask = family.key_mask, family.pairwise_mask
+    layer.per_sample = family.per_sample
     layer._attention_backend = getattr(original, "_attention_backend", None)
     if hasattr(original, "_parallel_config"):
         # diffusers hands its config to processors that have the attribute.
