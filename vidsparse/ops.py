@@ -191,7 +191,10 @@ def _attention_backward(
     if backend in ("triton", "hopper"):
         from vidsparse_kernels.block_sparse_attention.backward import triton_backward
 
-        return triton_backward(grad_out, grad_lse, query, key, value, out, lse, mask, scale=scale, key_bias=key_bias)
+        return triton_backward(
+            grad_out, grad_lse, query, key, value, out, lse, mask, scale=scale, key_bias=key_bias,
+            hopper=backend == "hopper",
+        )  # fmt: skip
     # Operators run below autograd; the backend's own backward needs it for this one recomputation.
     exclusion: Any = torch._C._SetExcludeDispatchKeyGuard
     with exclusion(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():

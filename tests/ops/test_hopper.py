@@ -89,6 +89,52 @@ def test_compiles_without_a_gpu(head_dim, block_n, kind, tmp_path):
     assert result.stdout.strip() == ("biased" if kind == "biased" else "plain")
 
 
+COMPILED_BACKWARD = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from vidsparse_kernels.block_sparse_attention import hopper, hopper_backward
+
+kernel = hopper_backward.block_sparse_backward_query_hopper_kernel
+constants = dict(
+    BLOCK_D=128, Q_BLOCK=128, KV_BLOCK=64, STAGES=hopper_backward.STAGES, RAGGED_KV=True,
+    CONSUMER_REGISTERS=hopper.CONSUMER_REGISTERS, PRODUCER_REGISTERS=hopper.PRODUCER_REGISTERS)
+layout = gl.NVMMASharedLayout.get_default_for([1, 1, 64, 128], gl.bfloat16)
+signature = {name: "i32" for name in kernel.arg_names} | {name: "constexpr" for name in constants}
+signature |= dict.fromkeys(("query", "grad_out", "key", "value", "grad_query"), f"tensordesc<bf16[1, 1, 64, 128],{layout!r}>")
+signature |= dict(
+    lse_ptr="*fp32", delta_ptr="*fp32", counts_ptr="*i32", indices_ptr="*i32", order_ptr="*i32", counter_ptr="*i32",
+    scale="fp32", qk_scale_log2="fp32")
+attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")}
+places = {(kernel.arg_names.index(n),): v for n, v in constants.items()}
+source = GluonASTSource(kernel, signature, places, attributes)
+compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4, enable_fp_fusion=True))
+ptx = compiled.asm["ptx"]
+assert compiled.metadata.shared <= 227 * 1024, compiled.metadata.shared
+for word in ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg", "mbarrier.try_wait"):
+    assert word in ptx, word
+assert "local" not in ptx
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")
+def test_backward_compiles_without_a_gpu(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILED_BACKWARD],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(SOURCE_ROOT),
+            "TRITON_CACHE_DIR": str(tmp_path),
+            "TRITON_INTERPRET": "0",
+        },
+    )
+    assert result.returncode == 0, result.stderr[:3000]
+
+
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")
 @pytest.mark.parametrize("q_block_size", [128, 256])
 def test_q_tiles_with_the_longest_lists_come_first_from_the_second_call_on(q_block_size):
@@ -217,23 +263,54 @@ def test_offsets_beyond_int32():
 
 @pytest.mark.gpu
 @on_hopper
-def test_gradients_go_through_the_portable_backward():
-    q, k, v = (x.requires_grad_() for x in make_qkv(seq_len_q=700, dtype=torch.bfloat16, device="cuda"))
-    mask = make_block_mask(seq_len_q=700, q_block_size=128, kv_block_size=128, empty_rows=True, device="cuda")
-    out, lse = block_sparse_attention(q, k, v, mask, return_lse=True, backend="hopper")
-    grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
-    seen = lse != -torch.inf
+@pytest.mark.parametrize("blocks", [(128, 128), (128, 64), (256, 192)], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 72, 128])
+def test_gradients(head_dim, blocks, monkeypatch):
+    """Of query by the kernel for Hopper from head_dim 65 on, of key and value by the portable one."""
+    from vidsparse_kernels.block_sparse_attention import hopper_backward
 
-    def gradients(out, lse):
-        return torch.autograd.grad(
-            (out * grad_out.to(out.dtype)).sum() + (lse * grad_lse.to(lse.dtype))[seen].sum(), (q, k, v)
-        )
+    calls = []
+    launch = hopper_backward.hopper_grad_query
+    monkeypatch.setattr(
+        hopper_backward, "hopper_grad_query", lambda *args, **more: calls.append(launch(*args, **more))
+    )
+    dtype = torch.float16 if head_dim == 72 else torch.bfloat16
+    shapes = [
+        (63, 111, 2, 2, 2),
+        (640, 1280, 6, 2, 2),
+        (1000, 77, 3, 1, 1),
+        (4097, 2016, 4, 2, 1),
+        (20_000, 300, 2, 2, 1),
+    ]
+    for number, (seq_len_q, seq_len_kv, num_heads, num_kv_heads, batch) in enumerate(shapes):
+        q, k, v = make_qkv(
+            batch=batch, seq_len_q=seq_len_q, seq_len_kv=seq_len_kv, num_heads=num_heads, num_kv_heads=num_kv_heads,
+            head_dim=head_dim, dtype=dtype, device="cuda", contiguous=number % 2 == 0, seed=number,
+        )  # fmt: skip
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        mask = make_block_mask(
+            seq_len_q=seq_len_q, seq_len_kv=seq_len_kv, q_block_size=blocks[0], kv_block_size=blocks[1],
+            batch=batch if number % 2 else 1, num_heads=num_heads if number > 1 else 1,
+            empty_rows=number > 0, full_rows=True, device="cuda", seed=number,
+        )  # fmt: skip
+        out, lse = block_sparse_attention(*inputs, mask, return_lse=True, backend="hopper")
+        seen = lse != -torch.inf
+        grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
 
-    actual = gradients(out, lse)
-    truth = gradients(*masked_attention_oracle(q, k, v, mask))
-    eager = gradients(*masked_attention_oracle(q, k, v, mask, dtype=q.dtype))
-    for name, a, e, t in zip("qkv", actual, eager, truth, strict=True):
-        assert_close_to_oracle(a, e, t, name=name)
+        def gradients(out, lse, inputs=inputs, seen=seen, grad_out=grad_out, grad_lse=grad_lse):
+            losses = (out * grad_out.to(out.dtype)).sum(), (lse * grad_lse.to(lse.dtype))[seen].sum()
+            return torch.autograd.grad(losses, inputs, retain_graph=True)
+
+        # Freed memory is handed out again: what is not written holds NaN.
+        poison = [torch.full_like(x, torch.nan) for x in (q, k, v)]
+        del poison
+        actual = gradients(out, lse)
+        assert all(torch.equal(a, b) for a, b in zip(actual, gradients(out, lse), strict=True))
+        truth = gradients(*masked_attention_oracle(q, k, v, mask))
+        eager = gradients(*masked_attention_oracle(q, k, v, mask, dtype=q.dtype))
+        for name, a, e, t in zip("qkv", actual, eager, truth, strict=True):
+            assert_close_to_oracle(a, e, t, name=name)
+    assert len(calls) == (0 if head_dim == 64 else 2 * len(shapes))
 
 
 @pytest.mark.gpu

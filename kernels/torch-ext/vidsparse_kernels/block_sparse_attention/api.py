@@ -155,8 +155,9 @@ def block_sparse_attention(
                 from .backward import triton_backward
 
                 forward = partial(forward, return_lse=True)
+                backward = partial(triton_backward, hopper=backend == "hopper")
                 out, lse = differentiable(
-                    forward, triton_backward, query, key, value, block_mask, scale=scale, key_bias=key_bias
+                    forward, backward, query, key, value, block_mask, scale=scale, key_bias=key_bias
                 )
             else:
                 out, lse = forward(

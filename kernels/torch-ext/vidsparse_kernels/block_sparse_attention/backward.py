@@ -33,6 +33,7 @@ from .forward import (
     _listed_tiles,
     _load_tile,
     _own_rows,
+    _product,
     _readable,
     _tma_can_read,
 )
@@ -56,27 +57,31 @@ def block_sparse_backward_rows_kernel(
     out_stride_b, out_stride_s, out_stride_h, out_stride_d,
     num_heads, seq_len_q, num_rows,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
+    REFINE: tl.constexpr,
 ):  # fmt: skip
     """What the other kernels need per row: the LSE in base 2, and delta = rowsum(dO * O) - dLSE.
 
-    Rows that attend to nothing or lie past the end get +inf and 0, which makes their probabilities 0 later on.
+    REFINE: only -dLSE, as the kernel of query adds the rest. Rows that attend to nothing or lie past the end get +inf and 0, which makes their probabilities 0 later on.
     """
     head = tl.program_id(1)
     batch = tl.program_id(2)
     wide_batch, wide_head = batch.to(tl.int64), head.to(tl.int64)
     start = tl.program_id(0) * BLOCK
-    # [BLOCK, BLOCK_D]
-    grad_o = _load_tile(
-        grad_out + wide_batch * grad_out_stride_b + wide_head * grad_out_stride_h,
-        batch, head, start, seq_len_q, grad_out_stride_s, grad_out_stride_d,
-        HEAD_DIM, BLOCK, BLOCK_D, False, True,  # pyright: ignore[reportArgumentType]
-    )  # fmt: skip
-    o = _load_tile(
-        out + wide_batch * out_stride_b + wide_head * out_stride_h,
-        batch, head, start, seq_len_q, out_stride_s, out_stride_d,
-        HEAD_DIM, BLOCK, BLOCK_D, False, True,  # pyright: ignore[reportArgumentType]
-    )  # fmt: skip
-    delta = tl.sum(grad_o.to(tl.float32) * o.to(tl.float32), 1)
+    if REFINE:
+        delta = tl.zeros([BLOCK], tl.float32)
+    else:
+        # [BLOCK, BLOCK_D]
+        grad_o = _load_tile(
+            grad_out + wide_batch * grad_out_stride_b + wide_head * grad_out_stride_h,
+            batch, head, start, seq_len_q, grad_out_stride_s, grad_out_stride_d,
+            HEAD_DIM, BLOCK, BLOCK_D, False, True,  # pyright: ignore[reportArgumentType]
+        )  # fmt: skip
+        o = _load_tile(
+            out + wide_batch * out_stride_b + wide_head * out_stride_h,
+            batch, head, start, seq_len_q, out_stride_s, out_stride_d,
+            HEAD_DIM, BLOCK, BLOCK_D, False, True,  # pyright: ignore[reportArgumentType]
+        )  # fmt: skip
+        delta = tl.sum(grad_o.to(tl.float32) * o.to(tl.float32), 1)
     rows = start + tl.arange(0, BLOCK)
     source = (wide_batch * num_heads + wide_head) * seq_len_q
     lse = tl.load(lse_ptr + source + rows, mask=rows < seq_len_q, other=float("-inf"))
@@ -90,16 +95,13 @@ def block_sparse_backward_rows_kernel(
 
 
 @triton.jit
-def _add_grad_query(
-    acc, low, mass, q, grad_o, lse, delta, key, value, bias_ptr, batch, kv_head, start_n, end_n, qk_scale_log2,
+def _weights_of_tile(
+    q, grad_o, lse, key, value, bias_ptr, batch, kv_head, start_n, end_n, qk_scale_log2,
     key_stride_s, key_stride_d, value_stride_s, value_stride_d,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr,
     DESCRIPTORS: tl.constexpr, RAGGED: tl.constexpr, REFINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add dS K of the keys start_n .. start_n + BLOCK_N, where RAGGED up to end_n, onto `acc` + `low`, without the scale.
-
-    REFINE: add up the probabilities in `mass`.
-    """
+    """Keys start_n .. start_n + BLOCK_N `[BLOCK_N, BLOCK_D]`, their probabilities P and dP = dO V^T `[BLOCK_M, BLOCK_N]`."""
     k = _load_tile(
         key, batch, kv_head, start_n, end_n, key_stride_s, key_stride_d,
         HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS, RAGGED,
@@ -108,28 +110,60 @@ def _add_grad_query(
         value, batch, kv_head, start_n, end_n, value_stride_s, value_stride_d,
         HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS, RAGGED,
     )  # fmt: skip
-    # [BLOCK_M, BLOCK_N]
-    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    grad_weights = tl.dot(grad_o, tl.trans(v), input_precision=PRECISION)
-    columns = start_n + tl.arange(0, BLOCK_N)
+    logits = _product(q, k, BLOCK_D, REFINE, PRECISION)
+    grad_weights = _product(grad_o, v, BLOCK_D, REFINE, PRECISION)
     if HAS_BIAS:
+        columns = start_n + tl.arange(0, BLOCK_N)
         bias = tl.load(bias_ptr + columns, mask=columns < end_n, other=float("-inf"))
         logits = logits * qk_scale_log2 + (bias.to(tl.float32) * 1.4426950408889634)[None, :]
         weights = _exp2(logits - lse[:, None], REFINE)
     else:
         # Scaling inside the exponent lets the compiler fuse multiply and subtract.
         weights = _exp2(logits * qk_scale_log2 - lse[:, None], REFINE)
+    return k, weights, grad_weights
+
+
+@triton.jit
+def _add_row_sums(
+    mass, delta, q, grad_o, lse, key, value, bias_ptr, batch, kv_head, start_n, end_n, qk_scale_log2,
+    key_stride_s, key_stride_d, value_stride_s, value_stride_d,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add sum P and sum P dP of the keys start_n .. start_n + BLOCK_N up to end_n."""
+    _, weights, grad_weights = _weights_of_tile(
+        q, grad_o, lse, key, value, bias_ptr, batch, kv_head, start_n, end_n, qk_scale_log2,
+        key_stride_s, key_stride_d, value_stride_s, value_stride_d,
+        HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, True, True, PRECISION,  # pyright: ignore[reportArgumentType]
+    )  # fmt: skip
+    inside = (start_n + tl.arange(0, BLOCK_N) < end_n)[None, :]
+    # Past the end the logits are 0 or those of other blocks, whose weight can overflow.
+    weights = tl.where(inside, weights, 0.0)
+    mass += tl.sum(weights, 1)
+    delta += tl.sum(tl.where(inside, weights * grad_weights, 0.0), 1)
+    return mass, delta
+
+
+@triton.jit
+def _add_grad_query(
+    acc, low, q, grad_o, lse, delta, key, value, bias_ptr, batch, kv_head, start_n, end_n, qk_scale_log2,
+    key_stride_s, key_stride_d, value_stride_s, value_stride_d,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, RAGGED: tl.constexpr, REFINE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add dS K of the keys start_n .. start_n + BLOCK_N, where RAGGED up to end_n, onto `acc` + `low`, without the scale."""
+    k, weights, grad_weights = _weights_of_tile(
+        q, grad_o, lse, key, value, bias_ptr, batch, kv_head, start_n, end_n, qk_scale_log2,
+        key_stride_s, key_stride_d, value_stride_s, value_stride_d,
+        HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, RAGGED, REFINE, PRECISION,
+    )  # fmt: skip
     grad_logits = weights * (grad_weights - delta[:, None])
     if RAGGED:
         # Past the end the logits are 0 or those of other blocks, whose weight can overflow. Most tiles are whole.
         if end_n - start_n < BLOCK_N:
+            columns = start_n + tl.arange(0, BLOCK_N)
             grad_logits = tl.where((columns < end_n)[None, :], grad_logits, 0.0)
-            if REFINE:
-                weights = tl.where((columns < end_n)[None, :], weights, 0.0)
-    if REFINE:
-        mass += tl.sum(weights, 1)
-    acc, low = _add_product(acc, low, grad_logits.to(k.dtype), k, REFINE, PRECISION)
-    return acc, low, mass
+    return _add_product(acc, low, grad_logits.to(k.dtype), k, REFINE, PRECISION)
 
 
 @triton.jit(do_not_specialize=[*SHAPE_INTEGERS, "indices_stride_m", "num_q_tiles"])
@@ -152,8 +186,9 @@ def block_sparse_backward_query_kernel(
     """Gradient of BLOCK_M queries of one head over their listed kv-blocks.
 
     query, key, value, grad_out are pointers or descriptors; lse (base 2), delta and inverse are
-    `[batch, heads, num_rows]`. REFINE: what a row's probabilities miss of 1, because the LSE was rounded, is made good
-    and kept as its inverse for the other kernel.
+    `[batch, heads, num_rows]`. REFINE: a first walk over the keys finds what a row's probabilities miss of 1, because the
+    LSE was rounded, and delta from the same numbers that it is taken from, where dO . O does not cancel to the last bit;
+    both are kept for the other kernel.
     VARIABLE: own_blocks and own_tiles are the tiles of queries, counts and indices the lists of tiles of keys, packed
     as in `tiles`.
     """
@@ -203,10 +238,30 @@ def block_sparse_backward_query_kernel(
         delta = tl.load(delta_ptr + rows)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     low = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    mass = tl.zeros([BLOCK_M], tl.float32)
 
     TILES: tl.constexpr = 1 if VARIABLE else KV_BLOCK // BLOCK_N  # pyright: ignore[reportAssignmentType]
     num_tiles, last, overhang = _listed_tiles(indices_ptr, count, seq_len_kv, KV_BLOCK, BLOCK_N, VARIABLE)
+    inverse = tl.zeros([BLOCK_M], tl.float32)
+    if REFINE:
+        mass = tl.zeros([BLOCK_M], tl.float32)
+        mean = tl.zeros([BLOCK_M], tl.float32)
+        for tile in tl.range(0, num_tiles):  # pyright: ignore[reportGeneralTypeIssues]
+            entry = tl.load(indices_ptr + tile // TILES)
+            if VARIABLE:
+                start_n = entry >> 8
+                end_n = start_n + (entry & 255) + 1
+            else:
+                start_n = entry * KV_BLOCK + (tile % TILES) * BLOCK_N
+                end_n = seq_len_kv
+            mass, mean = _add_row_sums(
+                mass, mean, q, grad_o, lse, key, value, bias_ptr, batch, kv_head, start_n, end_n, qk_scale_log2,
+                key_stride_s, key_stride_d, value_stride_s, value_stride_d,
+                HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, PRECISION,
+            )  # fmt: skip
+        inverse = tl.where(mass > 0.0, 1.0 / mass, 0.0)
+        delta += mean * inverse
+        tl.store(inverse_ptr + rows, inverse, mask=tokens < end_m)
+        tl.store(delta_ptr + rows, delta, mask=tokens < end_m)
     num_whole = num_tiles
     if RAGGED_KV and not VARIABLE:
         # The cut tile of the last block stays out of the loop.
@@ -221,24 +276,22 @@ def block_sparse_backward_query_kernel(
         else:
             start_n = entry * KV_BLOCK + (tile % TILES) * BLOCK_N
             end_n = seq_len_kv
-        acc, low, mass = _add_grad_query(
-            acc, low, mass, q, grad_o, lse, delta, key, value, bias_ptr, batch, kv_head, start_n, end_n, qk_scale_log2,
+        acc, low = _add_grad_query(
+            acc, low, q, grad_o, lse, delta, key, value, bias_ptr, batch, kv_head, start_n, end_n, qk_scale_log2,
             key_stride_s, key_stride_d, value_stride_s, value_stride_d,
             HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, VARIABLE, REFINE, PRECISION,
         )  # fmt: skip
     if RAGGED_KV and not VARIABLE:
         if num_whole < num_tiles:
             start_n = last * KV_BLOCK + (num_whole % TILES) * BLOCK_N
-            acc, low, mass = _add_grad_query(
-                acc, low, mass, q, grad_o, lse, delta, key, value, bias_ptr, batch, kv_head, start_n, seq_len_kv,
+            acc, low = _add_grad_query(
+                acc, low, q, grad_o, lse, delta, key, value, bias_ptr, batch, kv_head, start_n, seq_len_kv,
                 qk_scale_log2, key_stride_s, key_stride_d, value_stride_s, value_stride_d,
                 HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, True, REFINE, PRECISION,  # pyright: ignore[reportArgumentType]
             )  # fmt: skip
 
     if REFINE:
-        inverse = tl.where(mass > 0.0, 1.0 / mass, 0.0)
         acc = (acc + low) * inverse[:, None]
-        tl.store(inverse_ptr + rows, inverse, mask=tokens < end_m)
     dims = tl.arange(0, BLOCK_D)
     grad_query += wide_batch * grad_query_stride_b + wide_head * grad_query_stride_h
     pointers = grad_query + tokens.to(tl.int64)[:, None] * grad_query_stride_s + dims[None, :]
@@ -277,8 +330,8 @@ def _add_grad_key_value(
         lse = tl.load(lse_ptr + rows)
         delta = tl.load(delta_ptr + rows)
     # [BLOCK_N, BLOCK_M]
-    logits = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    grad_weights = tl.dot(v, tl.trans(grad_o), input_precision=PRECISION)
+    logits = _product(k, q, BLOCK_D, REFINE, PRECISION)
+    grad_weights = _product(v, grad_o, BLOCK_D, REFINE, PRECISION)
     if HAS_BIAS:
         weights = _exp2(logits * qk_scale_log2 + bias[:, None] - lse[None, :], REFINE)
     else:
@@ -427,6 +480,7 @@ def triton_backward(
     scale: float,
     key_bias: Tensor | None,
     config: BackwardConfig | None = None,
+    hopper: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value from what the forward returned; the same bits in every run.
 
@@ -439,6 +493,7 @@ def triton_backward(
         lse: its natural-log LSE, fp32 `[batch, num_heads, seq_len_q]`, -inf in rows that attend to nothing.
         block_mask, scale, key_bias: as in the forward.
         config: tile shapes and variants; default: the table in `configs`.
+        hopper: whether the forward ran on the Hopper kernel; the gradient of query then does, where it can.
 
     Returns:
         Contiguous gradients in the shapes and dtypes of query, key and value; 0 in rows without any block and for
@@ -505,15 +560,25 @@ def triton_backward(
             num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
+    if hopper:
+        # Needs a later Triton than this file.
+        from . import hopper_backward
+
     rows_kernel: Any = block_sparse_backward_rows_kernel
     with torch.cuda.device_of(query):
         rows_kernel[(triton.cdiv(num_rows, ROWS_BLOCK), num_heads, batch)](
             grad_out, out, lse.contiguous(), grad_lse.contiguous() if grad_lse is not None else lse, lse_log2, delta,
             *grad_out.stride(), *out.stride(), num_heads, seq_len_q, num_rows,
-            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK=ROWS_BLOCK, HAS_GRAD_LSE=grad_lse is not None, num_warps=4,
+            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK=ROWS_BLOCK, HAS_GRAD_LSE=grad_lse is not None,
+            REFINE=query.dtype == torch.float32, num_warps=4,
         )  # fmt: skip
-        # In this order: in fp32 the first finds what rounding the LSE did to each row, and the second uses it.
-        launch(block_sparse_backward_query_kernel, config.grad_query, grad_query)
+        # In this order: in fp32 the first finds delta and what rounding the LSE did to each row, and the second uses them.
+        if hopper and bias is None and hopper_backward.takes(query, key, value, grad_out, block_mask):
+            hopper_backward.hopper_grad_query(
+                query, key, value, grad_out, grad_query, lse_log2, delta, block_mask, scale=scale
+            )
+        else:
+            launch(block_sparse_backward_query_kernel, config.grad_query, grad_query)
         launch(block_sparse_backward_key_value_kernel, config.grad_key_value, grad_key, grad_value)
     if members != group_size:
         grad_key, grad_value = (

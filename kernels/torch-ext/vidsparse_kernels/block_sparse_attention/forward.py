@@ -98,6 +98,33 @@ def _add_product(acc, low, a, b, REFINE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _product(a, b, BLOCK_D: tl.constexpr, REFINE: tl.constexpr, PRECISION: tl.constexpr):
+    """`[M, N]`: a b^T of `[M, BLOCK_D]` and `[N, BLOCK_D]`. REFINE: as sums over every second, from 64 columns on every
+    fourth of them, added in pairs, since the rounding of one chain grows with its length."""
+    if REFINE and BLOCK_D >= 32:
+        first_a, second_a = tl.split(a.reshape([a.shape[0], BLOCK_D // 2, 2]))
+        first_b, second_b = tl.split(b.reshape([b.shape[0], BLOCK_D // 2, 2]))
+        result = _product_of_halves(first_a, first_b, BLOCK_D // 2, PRECISION)
+        result += _product_of_halves(second_a, second_b, BLOCK_D // 2, PRECISION)
+    else:
+        result = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    return result
+
+
+@triton.jit
+def _product_of_halves(a, b, HALF: tl.constexpr, PRECISION: tl.constexpr):
+    """`_product` of every second column."""
+    if HALF >= 32:
+        first_a, second_a = tl.split(a.reshape([a.shape[0], HALF // 2, 2]))
+        first_b, second_b = tl.split(b.reshape([b.shape[0], HALF // 2, 2]))
+        result = tl.dot(first_a, tl.trans(first_b), input_precision=PRECISION)
+        result += tl.dot(second_a, tl.trans(second_b), input_precision=PRECISION)
+    else:
+        result = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    return result
+
+
+@triton.jit
 def _own_rows(
     blocks_ptr, tiles_ptr, own, slot, seq_len,
     OWN: tl.constexpr, BLOCK: tl.constexpr, VARIABLE: tl.constexpr,
@@ -149,7 +176,7 @@ def _attend(
         logits *= (row_scale * tl.load(key_scale_ptr + start_n // SCALE_BLOCK))[:, None]
         qk_scale_log2 = 1.0
     else:
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        logits = _product(q, k, BLOCK_D, REFINE, PRECISION)
     columns = start_n + tl.arange(0, BLOCK_N)
     if RAGGED:
         # Most tiles are whole: a branch costs less than the selects.
