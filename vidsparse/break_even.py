@@ -1,6 +1,6 @@
 """Whether sparse attention pays on a GPU: a model of one call's time, fitted to measurements.
 
-Fitted to `scripts/bench_break_even.py` on an H200 (`benchmarks/results/2026-11-25-h200-break-even.json`): 1,024 to 32,760
+Fitted to `scripts/bench_break_even.py` on an H200 (`benchmarks/results/2026-11-30-h200-break-even.json`): 1,024 to 118,800
 tokens, 12 to 48 heads, head dims 64 and 128, densities 0.1 to 1, against the faster of cuDNN and FlashAttention-2. Other
 GPUs were not measured; the same numbers are used there.
 """
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-DENSE_FLOPS = 600e12
-"""Rate of dense attention from a head dim of `FULL_HEAD_DIM` on; below in proportion to the head dim."""
+DENSE_FLOPS = 680e12
+"""Rate of short dense calls from a head dim of `FULL_HEAD_DIM` on, where what counts is the host's time for a sparse one;
+below in proportion to the head dim. Long calls, in which the GPU gets hot, run at 540 to 570."""
 
 FULL_HEAD_DIM = 90
 
-CALL_SECONDS = 0.15e-3
-"""What a sparse call takes at least, on the host."""
+CALL_SECONDS, HOPPER_CALL_SECONDS = 0.28e-3, 0.5e-3
+"""What a sparse call takes at least, on the host: of the portable kernel 0.15 to 0.28 ms, of the Hopper kernel 0.3 to 0.53."""
 
 SELECT_CALL_SECONDS = 1.9e-3
 """Likewise with pooling, scoring and selecting before it: in a compiled block of Flux at 1,024 x 1,024, where the rest of the
@@ -37,28 +38,33 @@ CLUSTER_CALL_SECONDS, CLUSTER_TAIL_CALL_SECONDS = 3.5e-3, 5.0e-3
 """What a call with clusters, and with their tail, takes at least, on the host: 2.4 to 3.1 ms and 3.2 to 4.3 ms at lengths
 where the GPU waits for it (`2026-11-27-h200-method-calls.json`), and a share more, as that host differs from run to run."""
 
-PADDING_TOKENS = 13.9
-"""Clusters packed into full tiles take 1 + this over the keys of a cluster times as long as uniform blocks: 1.20 with 76, 1.34
-with 38, 1.42 to 1.46 with 33. Calls with a mask over keys, and other GPUs, run the portable kernel, which gives each cluster
+PADDING_TOKENS = 26.5
+"""Clusters packed into full tiles take 1 + this over the keys of a cluster times as long as uniform blocks: by the times of
+27 November, whose kernel over clusters is still that of 34d87da, and the estimate for uniform blocks of today at most 1.30
+with 76 keys and 1.79 with 33. Calls with a mask over keys, and other GPUs, run the portable kernel, which gives each cluster
 tiles of its own and takes about 3 times as long."""
 
 TAIL_OVERHEAD = 2.7
 """The tail over clusters as a share of a dense call, times tokens over clusters of keys: measured 2.7, 2.2 (2,000
 clusters) and 3.5 in the three cases above."""
 
-TAIL_FACTOR = 1.2
-"""The tail over uniform blocks, with it over without: 1.14 to 1.22 at a density of 0.25."""
+TAIL_FACTOR = 1.3
+"""The tail over uniform blocks, with it over without: 1.19 at 75,600 tokens and a density of 0.2
+(`2026-11-30-h200-method-calls.json`); at 32,760 the 1.24 of 27 November, with a faster kernel beside the tail."""
 
-LINEAR_TOKENS = 1800.0
-"""The linear branch over all keys and its projection as a share of a dense call, times its tokens: 0.052 and 0.018 at 32,760
-tokens of 12 heads and 75,600 of 10, so 1,710 and 1,390 (`2026-11-27-h200-sla-all-keys.json`)."""
+LINEAR_TOKENS = 1250.0
+"""Selecting and the linear branch over all keys with its projection as a share of a dense call, times its tokens: at most
+1,190 at 32,760 tokens of 12 heads, less at 75,600 of 10 (`2026-11-27-h200-sla-again.json`)."""
 
-LINEAR_FACTOR = 2.2
-"""With the linear branch over the keys that are not selected, which walks the selected blocks again, beside that: 2.0 to 2.2
+LINEAR_FACTOR = 2.75
+"""With the linear branch over the keys that are not selected, which walks the selected blocks again, beside that: 2.0 to 2.7
 (same file)."""
 
 LARGE_WORK = 2e11
 """FLOPs of the dense call from which on the Hopper kernel runs; the portable one below."""
+
+LONG_WORK = 5e12
+"""FLOPs of the dense call from which on small head dims gain as much as large ones."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +116,10 @@ def relative_cost(
     dense = shape.flops / (DENSE_FLOPS * min(1.0, shape.head_dim / FULL_HEAD_DIM))
     wide = shape.head_dim >= FULL_HEAD_DIM
     if shape.flops > LARGE_WORK:
-        share = 0.03 + (0.95 if wide else 1.1) * density
+        share = 0.015 + (0.815 if wide or shape.flops > LONG_WORK else 0.9) * density
+        host = HOPPER_CALL_SECONDS
     else:
-        share = 0.05 + (1.85 if wide else 1.25) * density
-    at_least = max(call_seconds, SELECT_CALL_SECONDS if selects else CALL_SECONDS)
+        share = 0.05 + (2.0 if wide else 1.3) * density
+        host = CALL_SECONDS
+    at_least = max(call_seconds, SELECT_CALL_SECONDS if selects else host)
     return max(at_least / dense, share * factor + overhead)

@@ -202,28 +202,36 @@ def test_rates_are_measured_once_and_kept(cache: Path, monkeypatch: pytest.Monke
     assert rates.rates_for("cpu") == H200 and rates.rates_for("cpu", remeasure=True) == H200
 
 
-MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "2026-11-25-h200-models.json"
+MEASURED = Path(__file__).parents[2] / "benchmarks" / "results"
+TODAY, COMPILED, OTHERS = (
+    f"2026-11-{x}.json" for x in ("30-h200-models", "27-h200-models-compiled", "27-h200-models-compiled-others")
+)
 CASES = {
-    "wan-1.3b-480p81": ("wan-1.3b", 81, 480, 832),
-    "wan-14b-480p81": ("wan-14b", 81, 480, 832),
-    "wan-14b-720p81": ("wan-14b", 81, 720, 1280),
-    "wan-14b-720p321": ("wan-14b", 321, 720, 1280),
-    "hunyuan-720p129": ("hunyuan", 129, 720, 1280),
-    "flux-1024": ("flux", 1, 1024, 1024),
-    "flux-4096": ("flux", 1, 4096, 4096),
+    "wan-1.3b-480p81": (TODAY, "wan-1.3b", 81, 480, 832),
+    "wan-14b-480p81": (COMPILED, "wan-14b", 81, 480, 832),
+    "wan-14b-720p81": (TODAY, "wan-14b", 81, 720, 1280),
+    "wan-14b-720p321": (TODAY, "wan-14b", 321, 720, 1280),
+    "hunyuan-720p129": (OTHERS, "hunyuan", 129, 720, 1280),
+    "flux-1024": (COMPILED, "flux", 1, 1024, 1024),
+    "flux-4096": (OTHERS, "flux", 1, 4096, 4096),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_forecast_for_an_h200_is_what_was_measured(case: str) -> None:
-    """One forward without guidance: all blocks, dense and at the measured densities, within a fifth."""
-    rows = [r for r in json.loads(MEASURED.read_text())["rows"] if r["case"] == case and r["variant"] != "cuDNN"]
+    """One forward without guidance: all blocks, dense by each kernel and at the measured densities, within a fifth.
+
+    Eager; the kernels of 27 November were slower by a fifth of a sparse call.
+    """
+    file, name, frames, height, width = CASES[case]
+    rows = [r for r in json.loads((MEASURED / file).read_text())["rows"] if r["case"] == case and not r["compiled"]]
     assert len(rows) >= 2
-    name, frames, height, width = CASES[case]
     shape = costs.read_shape(name)
     for row in rows:
         sparse = row["density"] < 1
         options = {"density": row["density"], "warmup_steps": 0, "dense_layers": 0, "min_tokens": 0} if sparse else {}
+        if row["backend"] == "dense on hopper":
+            options = {"dense_backend": "auto"}
         found = forecast(
             shape, H200, sparse="random" if sparse else "dense", options=options, num_frames=frames, height=height,
             width=width, num_steps=1, guidance_scale=1.0,
