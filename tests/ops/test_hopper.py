@@ -293,7 +293,7 @@ def test_gradients(head_dim, blocks, monkeypatch):
             batch=batch if number % 2 else 1, num_heads=num_heads if number > 1 else 1,
             empty_rows=number > 0, full_rows=True, device="cuda", seed=number,
         )  # fmt: skip
-        out, lse = block_sparse_attention(*inputs, mask, return_lse=True, backend="hopper")
+        out, lse = block_sparse_attention(q, k, v, mask, return_lse=True, backend="hopper")
         seen = lse != -torch.inf
         grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
 

@@ -560,10 +560,6 @@ def triton_backward(
             num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
-    if hopper:
-        # Needs a later Triton than this file.
-        from . import hopper_backward
-
     rows_kernel: Any = block_sparse_backward_rows_kernel
     with torch.cuda.device_of(query):
         rows_kernel[(triton.cdiv(num_rows, ROWS_BLOCK), num_heads, batch)](
@@ -573,11 +569,15 @@ def triton_backward(
             REFINE=query.dtype == torch.float32, num_warps=4,
         )  # fmt: skip
         # In this order: in fp32 the first finds delta and what rounding the LSE did to each row, and the second uses them.
-        if hopper and bias is None and hopper_backward.takes(query, key, value, grad_out, block_mask):
-            hopper_backward.hopper_grad_query(
-                query, key, value, grad_out, grad_query, lse_log2, delta, block_mask, scale=scale
-            )
-        else:
+        on_hopper = hopper and bias is None
+        if on_hopper:
+            # Needs a later Triton than this file.
+            from .hopper_backward import hopper_grad_query, takes
+
+            on_hopper = takes(query, key, value, grad_out, block_mask)
+            if on_hopper:
+                hopper_grad_query(query, key, value, grad_out, grad_query, lse_log2, delta, block_mask, scale=scale)
+        if not on_hopper:
             launch(block_sparse_backward_query_kernel, config.grad_query, grad_query)
         launch(block_sparse_backward_key_value_kernel, config.grad_key_value, grad_key, grad_value)
     if members != group_size:
