@@ -33,11 +33,11 @@ head_dim = int(sys.argv[1])
 kernel = hopper_packed.packed_forward_hopper_kernel
 constants = dict(
     HEAD_DIM=head_dim, BLOCK_D=head_dim,
-    STAGES=hopper.num_stages(hopper_packed.KEYS.value, head_dim), SIZES=hopper_packed.PIECES,
-    LATE_P=head_dim <= hopper.MAX_LATE_P, STORE_LSE=True,
-    CONSUMER_REGISTERS=hopper.CONSUMER_REGISTERS, PRODUCER_REGISTERS=hopper.PRODUCER_REGISTERS)
+    STAGES=hopper.num_stages(hopper_packed.KEYS.value, head_dim), Q_BLOCK=int(sys.argv[2]), SIZES=hopper_packed.PIECES,
+    STORE_LSE=True, LARGEST_MASS=hopper.LARGEST_MASS, AHEAD=head_dim <= hopper.MAX_AHEAD,
+    CONSUMER_REGISTERS=hopper_packed.consumer_registers(head_dim), PRODUCER_REGISTERS=hopper.PRODUCER_REGISTERS)
 layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-others = dict(out_ptr="*bf16", lse_ptr="*fp32", qk_scale_log2="fp32")
+others = dict(out_ptr="*bf16", lse_ptr="*fp32", bodies_ptr="*i64", qk_scale_log2="fp32")
 signature = {}
 for name in kernel.arg_names:
     if name in constants:
@@ -53,17 +53,18 @@ places = {(kernel.arg_names.index(n),): v for n, v in constants.items()}
 source = GluonASTSource(kernel, signature, places, attributes)
 compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4, enable_fp_fusion=True))
 assert compiled.metadata.shared <= 227 * 1024, compiled.metadata.shared
-# Two tiles of queries; for keys and values the last pieces and each size of the others; all 64 dims at a time.
-copies = (2 + 2 * (1 + len(hopper_packed.PIECES))) * (head_dim // 64)
+# Two tiles of queries; for keys and values the last pieces, 16 to a tile, and each size of the others; all 64 dims at a
+# time.
+copies = (2 + 2 * (16 + len(hopper_packed.PIECES))) * (head_dim // 64)
 assert compiled.asm["ptx"].count("cp.async.bulk.tensor") == copies, compiled.asm["ptx"].count("cp.async.bulk.tensor")
 """
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_compiles_without_a_gpu(head_dim, tmp_path):
+@pytest.mark.parametrize(("head_dim", "q_block"), [(64, 0), (128, 0), (128, 128)])
+def test_compiles_without_a_gpu(head_dim, q_block, tmp_path):
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", COMPILED, str(head_dim)],
+        [sys.executable, "-W", "ignore", "-c", COMPILED, str(head_dim), str(q_block)],
         capture_output=True,
         text=True,
         env={
@@ -78,7 +79,7 @@ def test_compiles_without_a_gpu(head_dim, tmp_path):
 
 RUNS = """
 import torch
-from vidsparse_kernels.block_sparse_attention.runs import block_runs, query_tiles
+from vidsparse_kernels.block_sparse_attention.runs import block_runs, query_tiles, tile_order
 from vidsparse_kernels.block_sparse_attention.tiles import own_tiles
 from vidsparse_kernels.testing import make_variable_block_mask
 
@@ -87,30 +88,51 @@ for seed in range(12):
     mask = make_variable_block_mask(
         seq_len_q=300, seq_len_kv=700, num_q_blocks=5 if seed % 2 else None, num_kv_blocks=80, num_heads=heads,
         offsets_heads=heads if seed % 4 else 1, density=0.1 + 0.07 * seed, empty_rows=True, full_rows=True, seed=seed)
-    starts, lengths, num_runs, slots = block_runs(mask, 8)
+    runs = block_runs(mask, 8, 16)
     offsets, dense = mask.offsets("kv"), mask.to_dense()
     for head in range(heads):
         edges = offsets[0, head % offsets.shape[1]].tolist()
         for row in range(dense.shape[2]):
             listed = [i for i in range(80) if dense[0, head, row, i] and edges[i] < edges[i + 1]]
-            runs = []
+            want = []
             for i in listed:
-                if runs and runs[-1][2] == i:
-                    runs[-1] = runs[-1][0], edges[i + 1], i + 1
+                if want and want[-1][2] == i:
+                    want[-1] = want[-1][0], edges[i + 1], i + 1
                 else:
-                    runs.append((edges[i], edges[i + 1], i + 1))
-            n = num_runs[0, head, row].item()
-            assert n == len(runs)
-            assert starts[0, head, row, :n].tolist() == [a for a, _, _ in runs]
-            assert lengths[0, head, row, :n].tolist() == [b - a for a, b, _ in runs]
-            assert slots[0, head, row].item() == sum(-(-(b - a) // 8) * 8 for a, b, _ in runs)
-    assert block_runs(mask, 8)[0] is starts
+                    want.append((edges[i], edges[i + 1], i + 1))
+            n = runs.num_runs[0, head, row].item()
+            assert n == len(want)
+            bodies = runs.bodies[0, head, row, :n].tolist()
+            assert [(x & 0xFFFFFFFF, x >> 32) for x in bodies] == [(a, (b - a - 1) // 8) for a, b, _ in want]
+            pieces = sum(-(-(b - a) // 8) for a, b, _ in want)
+            assert runs.slots[0, head, row].item() == 8 * pieces
+            zeros = -pieces % 16
+            first = zeros + n
+            last = [(a + (b - a - 1) // 8 * 8) for a, b, _ in want]
+            assert runs.sources[0, head, row, :first].tolist() == last + [700] * zeros
+            valid = [(b - a - 1) % 8 + 1 for a, b, _ in want] + [0] * zeros + [8] * (-first % 16)
+            assert runs.valid[0, head, row, : len(valid)].tolist() == valid
+    assert block_runs(mask, 8, 16) is runs
     blocks, tiles = own_tiles(mask, 64)
     got_blocks, got_tiles = query_tiles(mask, 64)
     there = tiles.shape[-1]
     assert (got_tiles[..., there:] == -1).all() and (got_blocks[..., there:] == 0).all()
     assert torch.equal(got_tiles[..., :there], tiles)
     assert torch.equal(got_blocks[..., :there], blocks)
+    order = tile_order(mask, 64, runs.slots)
+    for head in range(heads):
+        if seed % 2:
+            own = got_tiles[0, head % got_tiles.shape[1]]
+            block = got_blocks[0, head % got_tiles.shape[1]].long()
+            queries = torch.where(own < 0, 0, (own & 255) + 1)
+        else:
+            block = torch.arange(5)
+            queries = torch.tensor([64, 64, 64, 64, 44])
+        length = torch.where(queries > 0, runs.slots[0, head % runs.slots.shape[1], block], 0)
+        mean = length.sum() / (queries > 0).sum()
+        level = torch.where(queries > 32, 1, torch.where(queries > 0, 2, 3))
+        level = torch.where(length > 1.5 * mean, 0, level)
+        assert torch.equal(order[0, head % order.shape[1]].long(), torch.argsort(level, stable=True))
 """
 
 
@@ -123,33 +145,6 @@ def test_runs_are_those_of_the_lists():
         env={**os.environ, "PYTHONPATH": str(SOURCE_ROOT), "TRITON_INTERPRET": "1"},
     )
     assert result.returncode == 0, result.stderr[-3000:]
-
-
-def test_no_program_takes_the_long_lists_of_every_head():
-    pytest.importorskip("triton")
-    from vidsparse_kernels.block_sparse_attention.runs import balanced_programs
-
-    def load(num_q_tiles, num_heads, programs):
-        """Of the busiest program over the mean of 132: four full lists a head, the others at a density of 0.2."""
-        tiles = range(num_q_tiles * num_heads)
-        loads = [0.0] * programs
-        for tile in tiles:
-            loads[tile % programs] += 1.0 if tile % num_q_tiles < 4 else 0.2
-        return max(loads) / (sum(loads) / 132)
-
-    # Flux at 2048 x 2048 has 132 q tiles, one for each multiprocessor of an H200.
-    assert load(132, 24, 132) > 4 and load(132, 24, balanced_programs(132, 24, 132)) < 1.3
-    for num_q_tiles in (36, 66, 131, 133, 264, 528):
-        programs = balanced_programs(num_q_tiles, 24, 132)
-        assert 124 <= programs <= 132 and load(num_q_tiles, 24, programs) < 1.5
-    # Wan at 480p and 720p, HunyuanVideo: as many as there are.
-    assert [balanced_programs(*shape, 132) for shape in ((256, 12), (591, 40), (931, 24), (3, 2))] == [
-        132,
-        132,
-        132,
-        6,
-    ]
-    assert balanced_programs(5, 3, 2) in (1, 2)
 
 
 on_hopper = pytest.mark.skipif(
@@ -200,6 +195,61 @@ def test_more_q_tiles_than_multiprocessors():
         density=0.3, empty_rows=True, full_rows=True, device="cuda",
     )  # fmt: skip
     check(q, k, v, mask)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("num_q_blocks", [None, 9], ids=["uniform", "variable"])
+def test_logits_that_grow_along_the_list(head_dim, num_q_blocks):
+    """They leave the peak of the first tile behind by far more than fp32 has room for, so rows are done again."""
+    for number, dtype in enumerate((torch.bfloat16, torch.float16)):
+        q, k, v = make_qkv(
+            batch=2, seq_len_q=1000, seq_len_kv=2100, num_heads=4, num_kv_heads=2, head_dim=head_dim, dtype=dtype,
+            device="cuda", seed=number,
+        )  # fmt: skip
+        # Half of the queries turn away from the keys that grow.
+        direction = torch.nn.functional.normalize(torch.randn(head_dim, device="cuda"), dim=0)
+        q = (q + 4 * direction * torch.where(torch.arange(1000, device="cuda") % 2 > 0, 1, -1)[:, None, None]).to(
+            dtype
+        )
+        growth = torch.linspace(0, 60 if head_dim == 64 else 120, 2100, device="cuda")
+        k = (k + growth[:, None, None] * direction * 4).to(dtype)
+        mask = make_variable_block_mask(
+            seq_len_q=1000, seq_len_kv=2100, num_q_blocks=num_q_blocks, num_kv_blocks=70, q_block_size=128, batch=2, num_heads=4,
+            offsets_heads=4, empty_rows=True, full_rows=True, device="cuda", seed=number,
+        )  # fmt: skip
+        check(q, k, v, mask)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_large_logits(head_dim):
+    """60 times as large: peaks of first tiles are far from those of whole rows."""
+    for seed in range(20):
+        q, k, v = make_qkv(
+            seq_len_q=700, seq_len_kv=900, num_heads=3, num_kv_heads=1, head_dim=head_dim, dtype=torch.bfloat16,
+            device="cuda", seed=seed,
+        )  # fmt: skip
+        mask = make_variable_block_mask(
+            seq_len_q=700, seq_len_kv=900, num_q_blocks=None if seed % 2 else 6, num_kv_blocks=60, q_block_size=128, num_heads=3,
+            offsets_heads=3, empty_rows=True, full_rows=True, device="cuda", seed=seed,
+        )  # fmt: skip
+        check(60 * q, k, v, mask)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_numbers_that_are_not_finite_stay_in_their_rows():
+    q, k, v = make_qkv(seq_len_q=512, seq_len_kv=600, num_heads=1, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    mask = make_variable_block_mask(seq_len_q=512, seq_len_kv=600, num_q_blocks=5, num_kv_blocks=20, device="cuda")
+    (truth, _), (eager, _) = (masked_attention_oracle(q, k, v, mask, dtype=d) for d in (torch.float64, q.dtype))
+    q[0, 300] = float("nan")
+    out = block_sparse_attention(q, k, v, mask, backend="hopper")
+    others = torch.arange(512, device="cuda") != 300
+    assert out[0, 300].isnan().all()
+    assert_close_to_oracle(out[:, others], eager[:, others], truth[:, others])
 
 
 @pytest.mark.gpu

@@ -1,12 +1,11 @@
 """Lists of blocks of variable size as runs of tokens: what a kernel that packs tokens into full tiles walks."""
 
 # In kernels every value is the compiler's, which its annotations for the host do not describe.
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,9 +26,10 @@ def _larger(a, b):
 
 @triton.jit
 def block_runs_kernel(
-    counts_ptr, indices_ptr, offsets_ptr, starts_ptr, lengths_ptr, num_runs_ptr, slots_ptr,
+    counts_ptr, indices_ptr, offsets_ptr, bodies_ptr, sources_ptr, valid_ptr, num_runs_ptr, slots_ptr,
     counts_stride_b, counts_stride_h, indices_stride_b, indices_stride_h, indices_stride_m,
-    offsets_stride_b, offsets_stride_h, num_heads, num_blocks, max_blocks, PIECE: tl.constexpr, BLOCK: tl.constexpr,
+    offsets_stride_b, offsets_stride_h, num_heads, num_blocks, max_runs, max_first, seq_len_kv,
+    PIECE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One list: neighbouring entries become one run."""
     row = tl.program_id(0).to(tl.int64)
@@ -53,12 +53,26 @@ def block_runs_kernel(
     closes = (start < stop) & ((after != index + 1) | (stop_after == stop))
     run = tl.cumsum(opens.to(tl.int32), 0) - 1
     # Starts ascend, so the largest one so far is that of the own run.
-    length = stop - tl.associative_scan(tl.where(opens, start, 0), 0, _larger)
-    pieces = (length + PIECE - 1) // PIECE
-    tl.store(starts_ptr + row * max_blocks + run, start, mask=opens)
-    tl.store(lengths_ptr + row * max_blocks + run, length, mask=closes)
-    tl.store(num_runs_ptr + row, tl.sum(opens.to(tl.int32), 0))
-    tl.store(slots_ptr + row, tl.sum(tl.where(closes, pieces * PIECE, 0), 0))
+    first = tl.associative_scan(tl.where(opens, start, 0), 0, _larger)
+    whole = (stop - first - 1) // PIECE
+    num_runs = tl.sum(opens.to(tl.int32), 0)
+    pieces = tl.sum(tl.where(closes, whole + 1, 0), 0)
+    zeros = (TILE - pieces % TILE) % TILE
+    bodies_ptr += row * max_runs
+    sources_ptr += row * max_first
+    valid_ptr += row * max_first
+    tl.store(bodies_ptr + run, first.to(tl.int64) | (whole.to(tl.int64) << 32), mask=closes)
+    tl.store(sources_ptr + run, first + whole * PIECE, mask=closes)
+    tl.store(valid_ptr + run, (stop - first - whole * PIECE).to(tl.int8), mask=closes)
+    slot = tl.arange(0, TILE)
+    tl.store(sources_ptr + num_runs + slot, tl.zeros([TILE], tl.int32) + seq_len_kv, mask=slot < zeros)
+    tl.store(valid_ptr + num_runs + slot, tl.zeros([TILE], tl.int8), mask=slot < zeros)
+    # The rest of the last of these tiles.
+    last = num_runs + zeros
+    rest = last + slot
+    tl.store(valid_ptr + rest, tl.full([TILE], PIECE, tl.int8), mask=rest < (last + TILE - 1) // TILE * TILE)
+    tl.store(num_runs_ptr + row, num_runs)
+    tl.store(slots_ptr + row, pieces * PIECE)
 
 
 @triton.jit
@@ -85,28 +99,86 @@ def query_tiles_kernel(
     tl.store(tiles_ptr + row * capacity + slot, -1, mask=past)
 
 
-def block_runs(block_mask: BlockMask, piece: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@triton.jit
+def tile_order_kernel(
+    blocks_ptr, tiles_ptr, slots_ptr, order_ptr, own_stride_b, own_stride_h, slots_stride_b, slots_stride_h,
+    num_heads, capacity, seq_len_q,
+    TILE: tl.constexpr, Q_BLOCK: tl.constexpr, LENGTH_BITS: tl.constexpr, CAPACITY: tl.constexpr,
+):  # fmt: skip
+    """The tiles of one head by class, within one as they come; Q_BLOCK: of uniform q-blocks, 0 where tiles are listed."""
+    row = tl.program_id(0).to(tl.int64)
+    batch = row // num_heads
+    head = row % num_heads
+    slot = tl.arange(0, CAPACITY)
+    there = slot < capacity
+    if Q_BLOCK > 0:
+        block = slot * TILE // Q_BLOCK
+        queries = tl.where(there, tl.minimum(seq_len_q - slot * TILE, TILE), 0)
+    else:
+        own = batch * own_stride_b + head * own_stride_h + slot
+        tile = tl.load(tiles_ptr + own, mask=there, other=-1)
+        block = tl.load(blocks_ptr + own, mask=there, other=0)
+        queries = tl.where(tile >= 0, (tile & ((1 << LENGTH_BITS) - 1)) + 1, 0)
+    length = tl.load(slots_ptr + batch * slots_stride_b + head * slots_stride_h + block, mask=queries > 0, other=0)
+    mean = tl.sum(length.to(tl.float32), 0) / tl.maximum(tl.sum((queries > 0).to(tl.int32), 0), 1)
+    level = tl.where(length > 1.5 * mean, 0, tl.where(queries > TILE // 2, 1, tl.where(queries > 0, 2, 3)))
+    place = tl.zeros([CAPACITY], tl.int32)
+    begin = 0
+    for i in tl.static_range(4):
+        member = (level == i) & there
+        place = tl.where(member, begin + tl.cumsum(member.to(tl.int32), 0) - 1, place)
+        begin += tl.sum(member.to(tl.int32), 0)
+    tl.store(order_ptr + row * capacity + place, slot, mask=there)
+
+
+class Runs(NamedTuple):
+    """Lists of kv-blocks as runs of neighbouring tokens, cut into pieces; the last piece of a run may not be whole.
+
+    A kernel fills its tiles first with the last piece of every run, then with pieces from beyond the last key, as many as
+    make the list a whole number of tiles, then with the whole pieces of the runs.
+
+    Attributes:
+        bodies: int64 `[B|1, H|1, num_q_blocks, max_runs]`: first token of each run, ascending, and from bit 32 on its whole
+            pieces before the last one. What is past `num_runs` is not written.
+        sources: int32 `[B|1, H|1, num_q_blocks, max_first]`: first token of each piece that is the last of a run, and then of
+            those beyond the last key.
+        valid: int8, likewise: tokens of each of these pieces that belong to the list; `piece` in the rest of their last
+            tile.
+        num_runs: int32 `[B|1, H|1, num_q_blocks]`.
+        slots: int32, likewise: tokens of all runs with each rounded up to whole pieces.
+    """
+
+    bodies: Tensor
+    sources: Tensor
+    valid: Tensor
+    num_runs: Tensor
+    slots: Tensor
+
+
+def block_runs(block_mask: BlockMask, piece: int, tile: int) -> Runs:
     """The kv-blocks of each q-block as runs of neighbouring tokens, on the device of the mask, without waiting for it.
 
     Args:
         block_mask: the lists; the side of the keys may be uniform.
-        piece: tokens in which runs are counted.
+        piece: tokens of a piece, at most 127.
+        tile: pieces of a tile, a power of two.
 
     Returns:
-        `starts` and `lengths` int32 `[B|1, H|1, num_q_blocks, max_blocks]`, first token and tokens of each run, at least
-        one, ascending; `num_runs` int32 `[B|1, H|1, num_q_blocks]`, how many of them there are (the rest is not
-        written); `slots` likewise, tokens of all runs with each rounded up to a multiple of `piece`. Together twice the
-        memory of the lists. Kept on the mask.
+        The runs, 13 bytes for each that a list may have: no more than it has entries, nor than half the kv-blocks. Kept on
+        the mask.
     """
-    name = f"block_runs {piece}"
+    name = f"block_runs {piece} {tile}"
     if name not in block_mask._cache:
         counts, indices, offsets = block_mask.kv_num_blocks, block_mask.kv_indices, block_mask.offsets("kv")
         batch, num_heads = torch.broadcast_shapes(counts.shape[:2], offsets.shape[:2])
         num_blocks, max_blocks = indices.shape[2:]
-        starts, lengths = (
-            torch.empty(batch, num_heads, num_blocks, max(1, max_blocks), dtype=torch.int32, device=counts.device)
-            for _ in range(2)
-        )
+        # Between two runs there is a block that is empty or not listed.
+        max_runs = max(1, min(max_blocks, (block_mask.num_kv_blocks + 1) // 2))
+        max_first = triton.cdiv(max_runs + tile - 1, tile) * tile
+        device = counts.device
+        bodies = torch.empty(batch, num_heads, num_blocks, max_runs, dtype=torch.int64, device=device)
+        sources = torch.empty(batch, num_heads, num_blocks, max_first, dtype=torch.int32, device=device)
+        valid = torch.empty(batch, num_heads, num_blocks, max_first, dtype=torch.int8, device=device)
         num_runs, slots = (counts.new_empty(batch, num_heads, num_blocks) for _ in range(2))
         # Other strides are read in place; only neighbours have to be neighbours.
         counts, indices, offsets = (x if x.stride(-1) == 1 else x.contiguous() for x in (counts, indices, offsets))
@@ -115,12 +187,12 @@ def block_runs(block_mask: BlockMask, piece: int) -> tuple[Tensor, Tensor, Tenso
         if num_runs.numel():
             with torch.cuda.device_of(counts):
                 launch(
-                    counts, indices, offsets, starts, lengths, num_runs, slots,
-                    *strides[:4], indices.stride(2), *strides[4:], num_heads, num_blocks, starts.shape[3],
-                    PIECE=piece, BLOCK=max(16, triton.next_power_of_2(max_blocks)),
+                    counts, indices, offsets, bodies, sources, valid, num_runs, slots,
+                    *strides[:4], indices.stride(2), *strides[4:], num_heads, num_blocks, max_runs, max_first,
+                    block_mask.seq_len_kv, PIECE=piece, TILE=tile, BLOCK=max(16, triton.next_power_of_2(max_blocks)),
                     num_warps=4 if max_blocks <= 2048 else 8,
                 )  # fmt: skip
-        block_mask._cache[name] = starts, lengths, num_runs, slots
+        block_mask._cache[name] = Runs(bodies, sources, valid, num_runs, slots)
     return block_mask._cache[name]
 
 
@@ -151,35 +223,34 @@ def query_tiles(block_mask: BlockMask, tile_size: int) -> tuple[Tensor, Tensor]:
     return block_mask._cache[name]
 
 
-FEWER = 8
-"""Multiprocessors that `balanced_programs` leaves idle at most."""
-LONG_ROWS, SHARE = 4, 0.2
-"""What it assumes of a mask: tiles of text, whose lists are full, and the density of the others."""
-
-
-@lru_cache
-def balanced_programs(num_q_tiles: int, num_heads: int, multiprocessors: int) -> int:
-    """Programs for a kernel in which each takes every n-th q tile, head after head, so that not always the same ones
-    take the long lists.
-
-    Tiles of text have full lists. With as many q tiles a head as multiprocessors (16,896 tokens on an H200) the same four
-    programs would take those of every head, and the call would last as long as dense attention. A few programs less and
-    they wander; that is done only where it saves a fifth, as masks without text would lose up to 6 %.
+def tile_order(block_mask: BlockMask, tile_size: int, slots: Tensor) -> Tensor:
+    """The q tiles of each head with long lists (text) first, then those more than half full, then the others, and last
+    what is no tile; in one launch.
 
     Args:
-        num_q_tiles: of a head.
-        num_heads: of all samples.
-        multiprocessors: of the GPU.
+        block_mask: the side of the queries may be uniform.
+        tile_size: as for `query_tiles`.
+        slots: of `block_runs`.
+
+    Returns:
+        int32 `[B|1, H|1, capacity]`: tiles as `query_tiles` lists them, those of uniform q-blocks of a multiple of
+        `tile_size` tokens by position. Kept on the mask.
     """
-
-    def busiest(programs: int) -> float:
-        long = [0] * programs
-        for head in range(num_heads):
-            for tile in range(min(LONG_ROWS, num_q_tiles)):
-                long[(head * num_q_tiles + tile) % programs] += 1
-        return (1 - SHARE) * max(long) + SHARE * num_q_tiles * num_heads / programs
-
-    if num_q_tiles * num_heads <= multiprocessors:
-        return num_q_tiles * num_heads
-    best = min(range(multiprocessors, max(0, multiprocessors - FEWER - 1), -1), key=busiest)
-    return best if busiest(best) < 0.8 * busiest(multiprocessors) else multiprocessors
+    name = f"tile order {tile_size}"
+    if name not in block_mask._cache:
+        uniform = block_mask.q_offsets is None and block_mask.q_block_size % tile_size == 0
+        blocks, tiles = (slots, slots) if uniform else query_tiles(block_mask, tile_size)
+        lead = slots.shape[:2] if uniform else torch.broadcast_shapes(tiles.shape[:2], slots.shape[:2])
+        capacity = triton.cdiv(block_mask.seq_len_q, tile_size) if uniform else tiles.shape[-1]
+        order = slots.new_empty(*lead, capacity)
+        strides = [0 if x.shape[d] == 1 else x.stride(d) for x in (tiles, slots) for d in (0, 1)]
+        launch: Any = tile_order_kernel[(lead[0] * lead[1],)]
+        if order.numel():
+            with torch.cuda.device_of(slots):
+                launch(
+                    blocks, tiles, slots, order, *strides, lead[1], capacity, block_mask.seq_len_q,
+                    TILE=tile_size, Q_BLOCK=block_mask.q_block_size if uniform else 0, LENGTH_BITS=LENGTH_BITS,
+                    CAPACITY=triton.next_power_of_2(capacity), num_warps=4,
+                )  # fmt: skip
+        block_mask._cache[name] = order
+    return block_mask._cache[name]
