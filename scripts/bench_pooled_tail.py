@@ -3,9 +3,10 @@
     python scripts/bench_pooled_tail.py --output pooled_tail.json
 
 Checks the kernels against float64 first and prints no speed if that fails. Times are medians of CUDA events with a cold
-L2. `share` is the time over that of `block_sparse_attention` with its LSE at the same shape. `--sweep` also times other
-tile shapes of the tail kernel and the kernel for Hopper GPUs, each checked against the default one; `--quick` does so
-at one shape, in less than a minute.
+L2. First the whole in turns, so that a GPU that grows hot slows all alike: the listed blocks alone, the tail after them
+("separate"), and both in one kernel; pools and bias counted. Then the parts. `share` is the time over that of
+`block_sparse_attention` with its LSE at the same shape. `--quick`: 75,600 tokens of 12 heads, no other shape; `--sweep`
+also times other tile shapes of the tail kernel, each checked against the default one.
 """
 
 from __future__ import annotations
@@ -24,11 +25,17 @@ import torch
 import triton
 from torch import Tensor
 
-from vidsparse_kernels import BlockMask, block_sparse_attention, merge_attention_states, pool_blocks
+from vidsparse_kernels import (
+    BlockMask,
+    block_sparse_attention,
+    block_sparse_attention_with_tail,
+    merge_attention_states,
+    pool_blocks,
+    select_backend_with_tail,
+)
 from vidsparse_kernels.block_sparse_attention.configs import ForwardConfig
 from vidsparse_kernels.pooled_tail import pool_for_tail, pooled_tail_attention, pooled_tail_merge_
-from vidsparse_kernels.pooled_tail.forward import block_sizes_log2, hopper_can, triton_tail
-from vidsparse_kernels.pooled_tail.hopper import tail_bias
+from vidsparse_kernels.pooled_tail.forward import rounded, triton_tail
 from vidsparse_kernels.pooled_tail.words import listed_words
 from vidsparse_kernels.testing import make_block_mask, make_qkv, make_variable_block_mask
 
@@ -39,12 +46,9 @@ BYTES_PER_MS = 4.26e9
 """Device copy of an H200, bytes read and written."""
 QUICK_SHAPES = ((75_600, 12, 128),)
 SWEEP = (
-    (ForwardConfig(128, 64, 4, 2, True), False), (ForwardConfig(128, 64, 8, 2, True), False),
-    (ForwardConfig(128, 64, 8, 3, True), False), (ForwardConfig(64, 64, 4, 2, True), False),
-    (ForwardConfig(64, 64, 4, 3, True), False), (ForwardConfig(128, 64, 4, 2, True), True),
-    (ForwardConfig(128, 128, 4, 2, True), True),
+    ForwardConfig(128, 64, 4, 2, True), ForwardConfig(128, 64, 8, 2, True), ForwardConfig(128, 64, 8, 3, True),
+    ForwardConfig(64, 64, 4, 2, True), ForwardConfig(64, 64, 4, 3, True),
 )  # fmt: skip
-"""Tile shapes, and whether of the kernel for Hopper GPUs, where only block_n counts."""
 
 
 def main() -> int:
@@ -52,7 +56,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--repeats", type=int, default=15, help="timed runs of each row (default 15)")
     parser.add_argument("--sweep", action="store_true", help="also time other tile shapes")
-    parser.add_argument("--quick", action="store_true", help="sweep at 75,600 tokens and 12 heads, no other shape")
+    parser.add_argument("--quick", action="store_true", help="75,600 tokens of 12 heads, no other shape")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("This benchmark needs a CUDA GPU.", file=sys.stderr)
@@ -97,6 +101,8 @@ def check_correctness() -> None:
         kept = block_sparse_attention(q, k, v, mask, return_lse=True)
         merged = merge_attention_states(kept[0].double(), kept[1].double(), *truth)
         close(pooled_tail_merge_(*kept, q, k, v, mask), merged, "merge")
+        if select_backend_with_tail(q, k, v, mask)[0] == "hopper_with_tail":
+            close(block_sparse_attention_with_tail(q, k, v, mask, return_lse=True), merged, "one kernel")
         again = pooled_tail_attention(q, k, v, mask)
         assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), "two runs differ"
 
@@ -120,7 +126,27 @@ def bench_shape(
     mask = random_mask(seq_len, num_heads, kv_block_size)
     mk, scale = mask.num_kv_blocks, head_dim**-0.5
     rows: list[dict[str, Any]] = []
-    sparse = measure(lambda: block_sparse_attention(query, key, value, mask, return_lse=True), arguments.repeats)
+
+    def words() -> None:
+        mask._cache.pop("listed_words", None)
+        listed_words(mask)
+
+    def whole(backend: str, first_order: bool) -> None:
+        mask._cache.pop("listed_words", None)
+        block_sparse_attention_with_tail(query, key, value, mask, first_order=first_order, backend=backend)
+
+    backends = ["separate"]
+    if select_backend_with_tail(query, key, value, mask)[0] == "hopper_with_tail":
+        backends.append("hopper_with_tail")
+    calls: dict[str, Callable[[], Any]] = {
+        "block_sparse_attention with LSE": lambda: block_sparse_attention(query, key, value, mask, return_lse=True)
+    }
+    for backend in backends:
+        for first_order in (True, False):
+            name = f"whole, {backend}{'' if first_order else ', no first order'}"
+            calls[name] = partial(whole, backend, first_order)
+    in_turns = measure_in_turns(calls, arguments.repeats)
+    sparse = in_turns["block_sparse_attention with LSE"]
 
     def add(name: str, call: Callable[[], Any] | float, flops: float = 0.0, gigabytes: float = 0.0) -> None:
         ms = measure(call, arguments.repeats) if callable(call) else call
@@ -140,16 +166,13 @@ def bench_shape(
     tokens = seq_len * num_heads * head_dim
     # Every virtual token is multiplied, the listed ones too, and the first-order matrix once.
     tail_flops = 4.0 * tokens * mk + 2.0 * tokens * head_dim
-    add("block_sparse_attention with LSE", sparse, 4.0 * tokens * DENSITY * seq_len)
+    for name, ms in in_turns.items():
+        add(name, ms, 4.0 * tokens * (DENSITY * seq_len + (mk if "whole" in name else 0)))
     pools = pool_for_tail(key, value, mask)
     add("pool key only (mean, for the selection)", lambda: pool_blocks(key, kv_block_size), gigabytes=2 * tokens / 1e9)
     add("pool_for_tail", lambda: pool_for_tail(key, value, mask), gigabytes=4 * tokens / 1e9)
     add("pool_for_tail, no first order", lambda: pool_for_tail(key, value, mask, first_order=False),
         gigabytes=4 * tokens / 1e9)  # fmt: skip
-
-    def words() -> None:
-        mask._cache.pop("listed_words", None)
-        listed_words(mask)
 
     add("words of listed blocks (kept on the mask)", words)
     add("tail", lambda: pooled_tail_attention(query, key, value, mask, pools=pools), tail_flops)
@@ -163,19 +186,24 @@ def bench_shape(
     )
     add("words, pools, tail with fused merge",
         lambda: (words(), pooled_tail_merge_(out, lse, query, key, value, mask)), tail_flops)  # fmt: skip
-    if arguments.quick or arguments.sweep and num_heads == 12:
+    if "hopper_with_tail" in backends:
+        from vidsparse_kernels.pooled_tail.hopper import hopper_forward_with_tail, tail_bias
+
+        means = rounded(pools, query.dtype, scale)
+        add("bias of the one kernel", lambda: tail_bias(mask))
+        add("pools rounded for the one kernel", lambda: rounded(pools, query.dtype, scale))
+        add("one kernel and its bias",
+            lambda: hopper_forward_with_tail(query, key, value, *means, mask, scale=scale, return_lse=False),
+            4.0 * tokens * (DENSITY * seq_len + mk))  # fmt: skip
+    if arguments.sweep and num_heads == 12:
         wanted = triton_tail(query, pools, mask, scale=scale, first_order=True)
         before = out.clone(), lse.clone()  # timing merges into out and lse again and again
         merged = triton_tail(query, pools, mask, scale=scale, first_order=True, state=(out.clone(), lse.clone()))
-        for config, hopper in SWEEP:
+        for config in SWEEP:
             name = f"{config.block_m}x{config.block_n} warps {config.num_warps} stages {config.num_stages}"
-            if hopper:
-                name = f"Hopper kernel, {config.block_n} at once"
 
-            def call(state: tuple[Tensor, Tensor] | None = None, config: Any = config, hopper: bool = hopper) -> Any:
-                return triton_tail(
-                    query, pools, mask, scale=scale, first_order=True, state=state, config=config, hopper=hopper
-                )
+            def call(state: tuple[Tensor, Tensor] | None = None, config: ForwardConfig = config) -> Any:
+                return triton_tail(query, pools, mask, scale=scale, first_order=True, state=state, config=config)
 
             try:
                 results = (call(), wanted), (call((before[0].clone(), before[1].clone())), merged)
@@ -192,9 +220,6 @@ def bench_shape(
                 continue
             add(f"tail {name}", call, tail_flops)
             add(f"tail with fused merge {name}", partial(call, (out, lse)), tail_flops)
-        if hopper_can(query, out, mask):
-            sizes = block_sizes_log2(pools.counts, mask)
-            add("bias of the Hopper kernel", lambda: tail_bias(mask, sizes, num_heads))
     return rows
 
 
@@ -212,19 +237,29 @@ def random_mask(seq_len: int, num_heads: int, kv_block_size: int) -> BlockMask:
 
 
 def measure(run: Callable[[], Any], repeats: int) -> float:
-    """Median milliseconds by CUDA events; L2 is flushed between runs, as a model's other layers would."""
+    """Median milliseconds of one call."""
+    return measure_in_turns({"": run}, repeats)[""]
+
+
+def measure_in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median milliseconds by CUDA events, the calls one after the other in each round; L2 is flushed before each, as a
+    model's other layers would."""
     for _ in range(2):
-        run()
+        for run in calls.values():
+            run()
     torch.cuda.synchronize()
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for start, stop in pairs:
-        flush.zero_()
-        start.record()
-        run()
-        stop.record()
+    pairs: dict[str, list[list[torch.cuda.Event]]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, run in calls.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            start.record()
+            run()
+            stop.record()
+            pairs[name].append([start, stop])
     torch.cuda.synchronize()
-    return sorted(start.elapsed_time(stop) for start, stop in pairs)[repeats // 2]
+    return {name: sorted(a.elapsed_time(b) for a, b in both)[repeats // 2] for name, both in pairs.items()}
 
 
 if __name__ == "__main__":

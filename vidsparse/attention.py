@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vidsparse.errors import ConfigError
-from vidsparse.parts import Selection
+from vidsparse.parts import JointCorrection, Selection
 from vidsparse.processors.context import AttentionContext
 from vidsparse_kernels import BlockMask, block_sparse_attention, select_backend
 
@@ -114,6 +114,10 @@ def attend(
     query, key, value = selection.permute(query, key, value)
     key_bias = selection.permute_bias(key_bias)
     mask, correction = selection.block_mask, parts.correction
+    if backend is None and isinstance(correction, JointCorrection):
+        out = correction.attend(query, key, value, selection, context, scale, key_bias)
+        if out is not None:
+            return selection.restore(out), selection
     with_lse = correction is not None and correction.needs_lse
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     if backend is not None:

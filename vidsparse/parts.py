@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
@@ -145,6 +145,24 @@ class Correction(Protocol):
         key_bias: torch.Tensor | None,
     ) -> torch.Tensor:
         """The corrected output; tokens stand in the order of the selection."""
+        ...
+
+
+@runtime_checkable
+class JointCorrection(Correction, Protocol):
+    """A correction that some cases have in one kernel with the attention that it corrects."""
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        selection: Selection,
+        context: AttentionContext,
+        scale: float,
+        key_bias: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """Attention and correction, whose backend the selection then names; None where they are two steps."""
         ...
 
 

@@ -14,7 +14,14 @@ import pytest
 import torch
 
 from vidsparse_kernels import BlockMask, UnsupportedBackendError, block_sparse_attention, merge_attention_states
-from vidsparse_kernels.pooled_tail import Pools, pool_for_tail, pooled_tail_attention, pooled_tail_merge_
+from vidsparse_kernels.pooled_tail import (
+    Pools,
+    block_sparse_attention_with_tail,
+    pool_for_tail,
+    pooled_tail_attention,
+    pooled_tail_merge_,
+    select_backend_with_tail,
+)
 from vidsparse_kernels.testing import make_block_mask, make_qkv, make_variable_block_mask, masked_attention_oracle
 
 SOURCE_ROOT = Path(__file__).parents[2] / "kernels" / "torch-ext"
@@ -88,6 +95,44 @@ def test_merged_with_the_listed_blocks_it_is_pisa(name, first_order):
     expected, expected_lse = pisa(q, k, v, mask, 0.4, first_order)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("first_order", [True, False])
+@pytest.mark.parametrize("name", list(MASKS))
+def test_both_in_one_call(name, first_order):
+    q, k, v = make_qkv(batch=2, seq_len_q=60, seq_len_kv=77, num_heads=4, num_kv_heads=2, head_dim=16)
+    mask, scale = MASKS[name](), 0.3
+    pools = pool_for_tail(k, v, mask)
+    kept = block_sparse_attention(q, k, v, mask, scale=scale, return_lse=True)
+    want = merge_attention_states(*kept, *pooled_tail_attention(q, k, v, mask, scale=scale, first_order=first_order))
+    name_of_backend, reason = select_backend_with_tail(q, k, v, mask)
+    assert name_of_backend == "separate" and reason.startswith('"reference" attends')
+    for backend in ("auto", "separate"):
+        options: dict[str, Any] = dict(scale=scale, first_order=first_order, pools=pools, backend=backend)
+        out, lse = block_sparse_attention_with_tail(q, k, v, mask, return_lse=True, **options)
+        torch.testing.assert_close(out, want[0])
+        torch.testing.assert_close(lse, want[1])
+        assert torch.equal(block_sparse_attention_with_tail(q, k, v, mask, **options), out)
+    q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
+    options = dict(scale=scale, first_order=first_order)
+    kept = block_sparse_attention(q, k, v, mask, scale=scale, return_lse=True)
+    want, _ = merge_attention_states(*kept, *pooled_tail_attention(q, k, v, mask, **options))
+    out = block_sparse_attention_with_tail(q, k, v, mask, **options)
+    for got, grad in zip(*(torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, want)), strict=True):
+        torch.testing.assert_close(got, grad)
+
+
+def test_one_kernel_for_both_says_what_it_cannot_do():
+    q, k, v = make_qkv(seq_len_q=128)
+    mask = make_block_mask(seq_len_q=128, q_block_size=128, kv_block_size=128)
+    with pytest.raises(UnsupportedBackendError, match='backend "hopper_with_tail" needs a CUDA GPU; use backend="sep'):
+        block_sparse_attention_with_tail(q, k, v, mask, backend="hopper_with_tail")
+    with pytest.raises(UnsupportedBackendError, match="has no backward"):
+        block_sparse_attention_with_tail(q.requires_grad_(), k, v, mask, backend="hopper_with_tail")
+    with pytest.raises(
+        ValueError, match='`backend` must be "auto" or one of hopper_with_tail, separate, got "hopper"'
+    ):
+        block_sparse_attention_with_tail(q, k, v, mask, backend="hopper")
 
 
 def test_blocks_of_one_token_make_it_dense_attention():
@@ -387,34 +432,66 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
-from vidsparse_kernels.pooled_tail import hopper
+from vidsparse_kernels.pooled_tail import hopper, hopper_pooling
 
-head_dim, block_n, merge = (int(x) for x in sys.argv[1:])
-kernel = hopper.pooled_tail_hopper_kernel
-constants = dict(
-    BLOCK_D=head_dim, BLOCK_N=block_n, Q_BLOCK=128, STAGES=hopper.num_stages(block_n, head_dim), FIRST_ORDER=True,
-    MERGE=bool(merge), LATE_P=head_dim <= hopper.MAX_LATE_P, CONSUMER_REGISTERS=hopper.CONSUMER_REGISTERS,
+def compile(kernel, rows, block_d, num_warps, **constants):
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in rows:
+            layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows[name], block_d], gl.bfloat16)
+            signature[name] = f"tensordesc<bf16[1, 1, {rows[name]}, {block_d}],{layout!r}>"
+        elif name in ("counts_ptr", "indices_ptr", "order_ptr", "counter_ptr"):
+            signature[name] = "*i32"
+        else:
+            signature[name] = "*fp32" if name.endswith("_ptr") else "fp32" if name == "qk_scale_log2" else "i32"
+    pointers = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in pointers}
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = GluonASTSource(kernel, signature, places, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=num_warps))
+    assert compiled.metadata.shared <= 227 * 1024, compiled.metadata.shared
+    for word in ("cp.async.bulk.tensor", "setmaxnreg", "mbarrier.try_wait"):
+        assert word in compiled.asm["ptx"], word
+    return compiled.asm["ptx"]
+
+block_n, first_order = (int(x) for x in sys.argv[1:])
+rows = dict(
+    query=64, key=block_n, value=block_n, mean_key=block_n, mean_value=block_n, out=64, matrix=128 if first_order else 64)
+ptx = compile(
+    hopper.block_sparse_forward_with_tail_kernel, rows, 128, 4, BLOCK_D=128, BLOCK_N=block_n, Q_BLOCK=128, KV_BLOCK=block_n,
+    STAGES=hopper.num_stages(block_n, 128), RAGGED_KV=True, FIRST_ORDER=bool(first_order), STORE_LSE=bool(first_order),
+    LARGEST_MASS=hopper.LARGEST_MASS, CONSUMER_REGISTERS=hopper.CONSUMER_REGISTERS,
     PRODUCER_REGISTERS=hopper.PRODUCER_REGISTERS)
-rows = dict(query=64, keys=block_n, values=block_n, matrix=head_dim, out=64)
-others = dict(lse_ptr="*fp32", bias_ptr="*fp32", qk_scale_log2="fp32")
-signature = {}
-for name in kernel.arg_names:
-    if name in constants:
-        signature[name] = "constexpr"
-    elif name in rows:
-        layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows[name], head_dim], gl.bfloat16)
-        signature[name] = f"tensordesc<bf16[1, 1, {rows[name]}, {head_dim}],{layout!r}>"
-    else:
-        signature[name] = others.get(name, "i32")
-attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")}
-places = {(kernel.arg_names.index(n),): v for n, v in constants.items()}
-source = GluonASTSource(kernel, signature, places, attributes)
-compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4, enable_fp_fusion=True))
-assert compiled.metadata.shared <= 227 * 1024, compiled.metadata.shared
 # A thread loads two numbers of the bias at once.
-for word in ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg", "mbarrier.try_wait", "ld.global.v2.b32"):
-    assert word in compiled.asm["ptx"], word
+assert "wgmma.mma_async" in ptx and "ld.global.v2.b32" in ptx
+block_d, tokens = 128 if first_order else 64, hopper_pooling.TOKENS
+ptx = compile(
+    hopper_pooling.tail_pool_hopper_kernel, dict(key=tokens, value=tokens), block_d, block_d // 16, HEAD_DIM=block_d - 8,
+    BLOCK_D=block_d, TILE=tokens, STAGES=hopper_pooling.STAGE_BYTES // (4 * tokens * block_d),
+    FIRST_ORDER=bool(first_order), NUM_WARPS=block_d // 16, PRODUCER_REGISTERS=hopper_pooling.PRODUCER_REGISTERS)
+assert ("wgmma.mma_async" in ptx) == bool(first_order)
 print("compiled")
+"""
+
+
+INTERPRETED_BIAS = """
+import torch
+from vidsparse_kernels.pooled_tail.hopper import tail_bias
+from vidsparse_kernels.testing import make_block_mask
+
+for heads, width in ((3, 128), (1, 1280)):
+    mask = make_block_mask(
+        seq_len_q=500, seq_len_kv=width * 64 - 700, q_block_size=128, kv_block_size=64, batch=2, num_heads=heads,
+        empty_rows=True, full_rows=True)
+    want = mask.offsets("kv").diff().float().log2()[:, :, None].expand(mask.to_dense().shape)
+    want = want.masked_fill(mask.to_dense(), -torch.inf)
+    got = tail_bias(mask)
+    assert got.shape == (2, heads, 4, width), got.shape
+    assert torch.equal(got[..., : mask.num_kv_blocks], want)
+    assert bool((got[..., mask.num_kv_blocks :] == -torch.inf).all())
+print("checked")
 """
 
 
@@ -446,10 +523,15 @@ def test_kernels_compile(capability, shared_memory, head_dim, expected):
 
 
 @needs_triton
-@pytest.mark.parametrize(("head_dim", "block_n", "merge"), [(128, 64, 1), (64, 128, 0)])
-def test_hopper_kernel_compiles(head_dim, block_n, merge, tmp_path):
+@pytest.mark.parametrize(("block_n", "first_order"), [(128, 1), (64, 0)])
+def test_hopper_kernels_compile(block_n, first_order, tmp_path):
     options = dict(TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
-    assert run(COMPILED_FOR_HOPPER, str(head_dim), str(block_n), str(merge), **options) == "compiled"
+    assert run(COMPILED_FOR_HOPPER, str(block_n), str(first_order), **options) == "compiled"
+
+
+@needs_triton
+def test_interpreted_bias_is_log_of_sizes_but_where_listed():
+    assert run(INTERPRETED_BIAS, TRITON_INTERPRET="1") == "checked"
 
 
 def test_reference_takes_more_tokens_than_fit_one_chunk(monkeypatch):

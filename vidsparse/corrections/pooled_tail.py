@@ -23,6 +23,28 @@ class PooledTail:
     first_order: bool = True
     needs_lse: bool = True
 
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        selection: Selection,
+        context: AttentionContext,
+        scale: float,
+        key_bias: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        from vidsparse_kernels import block_sparse_attention_with_tail, select_backend_with_tail
+
+        if key_bias is not None:
+            return None
+        name, reason = select_backend_with_tail(query, key, value, selection.block_mask)
+        if name == "separate":
+            return None
+        selection.backend = name, reason
+        return block_sparse_attention_with_tail(
+            query, key, value, selection.block_mask, scale=scale, first_order=self.first_order, backend=name
+        )
+
     def correct(
         self,
         query: torch.Tensor,

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from vidsparse.errors import ConfigError
-from vidsparse.parts import Parts, Selection
+from vidsparse.parts import JointCorrection, Parts, Selection
 from vidsparse.selection.heads import join_heads
 
 if TYPE_CHECKING:
     from vidsparse.methods.tuned import Cell
+    from vidsparse.parts import Correction
     from vidsparse.processors.context import AttentionContext
     from vidsparse_kernels import BlockMask
 
@@ -111,6 +112,21 @@ class CellCorrection:
     parts: Callable[[int], Parts]
     needs_lse: bool = True
 
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        selection: Selection,
+        context: AttentionContext,
+        scale: float,
+        key_bias: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        correction = self._of(context)
+        if not isinstance(correction, JointCorrection):
+            return None
+        return correction.attend(query, key, value, selection, context, scale, key_bias)
+
     def correct(
         self,
         query: torch.Tensor,
@@ -123,8 +139,11 @@ class CellCorrection:
         scale: float,
         key_bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        cell = self.cell(context)
-        correction = self.parts(cell).correction if isinstance(cell, int) else None
+        correction = self._of(context)
         if correction is None:
             return out
         return correction.correct(query, key, value, out, lse, selection, context, scale, key_bias)
+
+    def _of(self, context: AttentionContext) -> Correction | None:
+        cell = self.cell(context)
+        return self.parts(cell).correction if isinstance(cell, int) else None

@@ -15,7 +15,14 @@ from .clustering import Clusters, assign_clusters, cluster, order_by_label, upda
 from .errors import UnsupportedBackendError
 from .linear_branch import add_linear_branch, linear_branch
 from .permutation import permute_tokens, unpermute_tokens
-from .pooled_tail import Pools, pool_for_tail, pooled_tail_attention, pooled_tail_merge_
+from .pooled_tail import (
+    Pools,
+    block_sparse_attention_with_tail,
+    pool_for_tail,
+    pooled_tail_attention,
+    pooled_tail_merge_,
+    select_backend_with_tail,
+)
 from .qk_norm_rope import qk_norm_rope, qk_norm_rope_pair
 from .sampled_error import sampled_error
 
@@ -28,6 +35,7 @@ __all__ = [
     "assign_clusters",
     "available_backends",
     "block_sparse_attention",
+    "block_sparse_attention_with_tail",
     "cluster",
     "from_flex_block_mask",
     "linear_branch",
@@ -43,6 +51,7 @@ __all__ = [
     "sampled_error",
     "score_blocks",
     "select_backend",
+    "select_backend_with_tail",
     "select_block_lists",
     "select_blocks",
     "select_from_qk",

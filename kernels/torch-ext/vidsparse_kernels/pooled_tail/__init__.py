@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from .api import pool_for_tail, pooled_tail_attention, pooled_tail_merge_
+from .api import (
+    block_sparse_attention_with_tail,
+    pool_for_tail,
+    pooled_tail_attention,
+    pooled_tail_merge_,
+    select_backend_with_tail,
+)
 from .pools import Pools
 
-__all__ = ["Pools", "pool_for_tail", "pooled_tail_attention", "pooled_tail_merge_"]
+__all__ = [
+    "Pools",
+    "block_sparse_attention_with_tail",
+    "pool_for_tail",
+    "pooled_tail_attention",
+    "pooled_tail_merge_",
+    "select_backend_with_tail",
+]

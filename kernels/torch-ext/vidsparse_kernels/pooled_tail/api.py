@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from importlib.util import find_spec
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from ..autocast import without_autocast
 from ..block_mask import BlockMask
+from ..block_sparse_attention.api import MIN_TRITON_HOPPER, block_sparse_attention, select_backend
 from ..block_sparse_attention.merge import merge_attention_states
 from ..errors import UnsupportedBackendError
 from .pools import Pools, num_pools
 from .reference import pool_reference, tail_reference
 
 BACKENDS = ("reference", "triton")
+BACKENDS_WITH_TAIL = ("hopper_with_tail", "separate")
 
 
 def pool_for_tail(
@@ -168,6 +171,155 @@ def pooled_tail_merge_(
         tail = tail_reference(query, pools, block_mask, scale=scale, first_order=first_order)
         merged = merge_attention_states(out, lse, *tail)
         return out.copy_(merged[0]), lse.copy_(merged[1])
+
+
+@overload
+def block_sparse_attention_with_tail(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    *,
+    scale: float | None = None,
+    first_order: bool = True,
+    pools: Pools | None = None,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def block_sparse_attention_with_tail(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    *,
+    scale: float | None = None,
+    first_order: bool = True,
+    pools: Pools | None = None,
+    return_lse: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+
+
+def block_sparse_attention_with_tail(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    *,
+    scale: float | None = None,
+    first_order: bool = True,
+    pools: Pools | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over the listed kv-blocks and, by their means, over all others: PISA in one call.
+
+    `block_sparse_attention` merged with `pooled_tail_attention`, in one kernel where there is one for the case.
+
+    Args:
+        query, key, value, block_mask, scale, first_order, pools: as for `pooled_tail_attention`.
+        return_lse: also return the logsumexp over both.
+        backend: "hopper_with_tail" is one kernel, "separate" attends and merges one after the other, each with the
+            backend that suits the case; "auto" takes what `select_backend_with_tail` says.
+
+    Returns:
+        Output with the shape and dtype of `query`; with `return_lse` also the natural-log LSE
+        `[batch, num_heads, seq_len_q]` in fp32 (fp64 for fp64 inputs). "separate" is differentiable, once, in query, key
+        and value. Autocast changes nothing.
+
+    Raises:
+        ValueError: a shape, dtype, device or value does not fit; the message names it.
+        UnsupportedBackendError: the backend asked for cannot do this case.
+
+    Source: PISA (arXiv 2602.01077).
+
+    Example:
+        >>> mask = BlockMask.from_dense(torch.eye(2, dtype=torch.bool)[None, None], seq_len_q=100, seq_len_kv=100,
+        ...                             q_block_size=64, kv_block_size=64)
+        >>> q = k = v = torch.randn(1, 100, 2, 32)
+        >>> block_sparse_attention_with_tail(q, k, v, mask).shape
+        torch.Size([1, 100, 2, 32])
+    """
+    scale = _checked_scale(query, key, value, block_mask, scale, first_order, pools)
+    if backend not in ("auto", *BACKENDS_WITH_TAIL):
+        raise ValueError(f'`backend` must be "auto" or one of {", ".join(BACKENDS_WITH_TAIL)}, got "{backend}".')
+    tensors = (query, key, value) if pools is None else (query, key, value, pools.keys, pools.values)
+    requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if backend == "auto":
+        backend, _ = select_backend_with_tail(query, key, value, block_mask, requires_grad=requires_grad)
+    elif backend == "hopper_with_tail":
+        obstacle = _obstacle_with_tail(query, key, block_mask, requires_grad)
+        if obstacle:
+            raise UnsupportedBackendError(
+                f'backend "hopper_with_tail" {obstacle}; use backend="separate" or "auto" for this case.'
+            )
+    if backend == "hopper_with_tail":
+        if pools is None:
+            pools = pool_for_tail(key, value, block_mask, first_order=first_order)
+        with without_autocast(query.device.type):
+            from .forward import rounded
+            from .hopper import hopper_forward_with_tail
+
+            means = rounded(pools, query.dtype, scale if first_order else None)
+            out, lse = hopper_forward_with_tail(
+                query, key, value, *means, block_mask, scale=scale, return_lse=return_lse
+            )
+    else:
+        out, lse = block_sparse_attention(query, key, value, block_mask, scale=scale, return_lse=True)
+        arguments = (query, key, value, block_mask)
+        if requires_grad:
+            tail = pooled_tail_attention(*arguments, scale=scale, first_order=first_order, pools=pools)
+            out, lse = merge_attention_states(out, lse, *tail)
+        else:
+            pooled_tail_merge_(out, lse, *arguments, scale=scale, first_order=first_order, pools=pools)
+    if return_lse:
+        assert lse is not None
+        return out, lse
+    return out
+
+
+def select_backend_with_tail(
+    query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, *, requires_grad: bool | None = None
+) -> tuple[str, str]:
+    """Which backend "auto" of `block_sparse_attention_with_tail` takes, and why, in words for a report.
+
+    Args:
+        query, key, value, block_mask: as for `block_sparse_attention_with_tail`.
+        requires_grad: whether gradients will be asked for; default: what autograd would record now.
+
+    Returns:
+        `(name, reason)`.
+    """
+    if requires_grad is None:
+        requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    # Where it is worth the descriptors, it is so for the listed blocks alone.
+    name, reason = select_backend(query, key, value, block_mask, return_lse=True, requires_grad=requires_grad)
+    if name != "hopper":
+        return "separate", f'"{name}" attends: {reason}'
+    obstacle = _obstacle_with_tail(query, key, block_mask, requires_grad)
+    if obstacle is None:
+        return "hopper_with_tail", reason
+    return "separate", f'"hopper_with_tail" {obstacle}'
+
+
+def _obstacle_with_tail(query: Tensor, key: Tensor, block_mask: BlockMask, requires_grad: bool) -> str | None:
+    """Why one kernel cannot do a case, as the end of a sentence that starts with its name; None if it can."""
+    if requires_grad:
+        return "has no backward"
+    if query.device.type != "cuda":
+        return "needs a CUDA GPU"
+    if find_spec("triton") is None:
+        return "needs the package triton (pip install triton)"
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MIN_TRITON_HOPPER:
+        return f"needs Triton {'.'.join(map(str, MIN_TRITON_HOPPER))} or later, got {triton.__version__}"
+    from .hopper import unsupported
+
+    return unsupported(query, key, block_mask)
 
 
 def _requires_grad(query: Tensor, pools: Pools) -> bool:

@@ -203,7 +203,6 @@ def triton_tail(
     first_order: bool,
     state: tuple[Tensor, Tensor] | None = None,
     config: ForwardConfig | None = None,
-    hopper: bool | None = False,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel; inference only.
 
@@ -215,8 +214,6 @@ def triton_tail(
         first_order: whether to add the first-order term.
         state: output (like `query`, any strides) and fp32 LSE `[batch, num_heads, seq_len_q]` to merge into, in place.
         config: tile shape and variant; default: `config_for`.
-        hopper: whether to use the kernel for Hopper GPUs, which takes as long there, so it is not the default; None:
-            wherever `hopper.unsupported` has nothing against it.
 
     Returns:
         Output and fp32 LSE: of the tail alone, or `state` itself after the merge.
@@ -232,16 +229,6 @@ def triton_tail(
     keys, values, matrix = rounded(pools, query.dtype, scale if first_order else None)
     num_pools, num_kv_blocks = keys.shape[1:3]
     sizes = block_sizes_log2(pools.counts, block_mask)
-    if hopper is None:
-        hopper = hopper_can(query, out, block_mask)
-    if hopper:
-        from .hopper import hopper_tail
-
-        hopper_tail(
-            query, keys, values, matrix, sizes, out, lse, block_mask, scale=scale, merge=state is not None,
-            block_n=None if config is None else config.block_n,
-        )  # fmt: skip
-        return out, lse
     if config is None:
         config = config_for(query, keys, block_mask)
     variable, own_blocks, own_starts, num_q_tiles = q_tiles(block_mask, config.block_m)
@@ -264,15 +251,6 @@ def triton_tail(
             PRECISION="ieee", num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out, lse
-
-
-def hopper_can(query: Tensor, out: Tensor, block_mask: BlockMask) -> bool:
-    """Whether the kernel for Hopper GPUs can do a case; its language is in Triton from 3.5 on."""
-    try:
-        from .hopper import unsupported as hopper_obstacle
-    except ImportError:
-        return False
-    return hopper_obstacle(query, out, block_mask) is None
 
 
 def rounded(pools: Pools, dtype: torch.dtype, scale: float | None) -> tuple[Tensor, Tensor, Tensor | None]:

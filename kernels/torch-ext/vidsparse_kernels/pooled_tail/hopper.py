@@ -1,16 +1,19 @@
-"""Forward kernel of the pooled tail for Hopper GPUs, written in Gluon: warp-specialised, on TMA and wgmma.
+"""Block-sparse attention and its pooled tail in one kernel for Hopper GPUs, written in Gluon.
 
-The scheme is that of block_sparse_attention's kernel for Hopper: a producer warp copies tiles to shared memory, two
-warpgroups own 64 of the 128 queries each, programs are persistent. Here the keys are the virtual tokens, all of them,
-and what a q-block lists is in a bias, -inf there and log2 of the block's size elsewhere, written beforehand: one number
-for 128 queries. The first-order matrix comes as one more tile, and the state to merge into is copied to shared memory
-while the tiles are multiplied.
+The kernel of `block_sparse_attention/hopper.py`, whose scheduler and helpers it uses, goes on after the listed tiles of a
+q tile over the means of all kv-blocks, as tiles of keys and values like any others: into the same sums, against the same
+peak, so that nothing is merged. What is listed is kept out by a bias, -inf there and log2 of the block's size elsewhere,
+one row for the 128 queries of a tile, written beforehand. With m the mass of a row and t the share of it that came from
+the means, the first-order term adds t * scale * q H to the output: after the sums are divided by t m, q H is one product
+more onto them, and t goes back on.
+
+A q tile whose list is empty begins with the means. The first tile has a finite logit in every row either way.
 """
 
 # In kernels every value is the compiler's, which its annotations for the host do not describe.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false
-# pyright: reportPossiblyUnboundVariable=false
+# pyright: reportPossiblyUnboundVariable=false, reportIndexIssue=false
 
 from __future__ import annotations
 
@@ -32,387 +35,478 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..block_mask import BlockMask
 from ..block_sparse_attention.configs import padded_head_dim
-from ..block_sparse_attention.forward import LOG2_E, _tma_can_read
+from ..block_sparse_attention.forward import LOG2_E, _broadcast_strides, _readable, _tma_can_read
 from ..block_sparse_attention.hopper import (
     BLOCK_M,
     CONSUMER_REGISTERS,
-    MAX_LATE_P,
+    LARGEST_MASS,
     PRODUCER_REGISTERS,
     _descriptor,
+    _list,
+    _log2,
+    _thread_sums,
     num_stages,
     tma_load,
     tma_store,
-    warpgroup_barrier,
 )
-from .pooling import broadcast_strides
-from .words import listed_words
+from ..block_sparse_attention.hopper import unsupported as sparse_unsupported
+from ..block_sparse_attention.hopper_schedule import ITEM_NUMBERS, item, longest_first, schedule, warpgroup_barrier
 
 BIAS_COLUMNS = 128
 """Rows of the bias are padded to a multiple of this, so that tiles of either size read whole numbers of them."""
 RUNTIME_INTEGERS = [
-    "bias_stride_b", "bias_stride_h", "padded", "lse_stride_b", "lse_stride_h", "lse_stride_s",
-    "num_heads", "group_size", "seq_len_q", "num_tiles", "num_q_tiles", "num_work",
+    "counts_stride_b", "counts_stride_h", "indices_stride_b", "indices_stride_h", "indices_stride_m",
+    "order_stride_b", "order_stride_h", "has_order", "bias_stride_b", "bias_stride_h", "bias_width",
+    "num_heads", "group_size", "seq_len_q", "seq_len_kv", "num_q_tiles", "num_work", "num_mean_tiles",
 ]  # fmt: skip
 """What Triton may not compile into the kernel, so that one compilation serves every shape."""
 
 
 @triton.jit(
     do_not_specialize=[
-        "words_stride_b", "words_stride_h", "sizes_stride_b", "sizes_stride_h", "heads", "size_group", "num_rows",
-        "num_words", "num_kv_blocks", "padded",
+        "counts_stride_b", "counts_stride_h", "indices_stride_b", "indices_stride_h", "indices_stride_m",
+        "num_heads", "num_rows", "seq_len_kv", "kv_block_size", "width",
     ]
 )  # fmt: skip
 def tail_bias_kernel(
-    bias_ptr, words_ptr, sizes_ptr, words_stride_b, words_stride_h, sizes_stride_b, sizes_stride_h,
-    heads, size_group, num_rows, num_words, num_kv_blocks, padded, COLUMNS: tl.constexpr,
+    bias_ptr, counts_ptr, indices_ptr,
+    counts_stride_b, counts_stride_h, indices_stride_b, indices_stride_h, indices_stride_m,
+    num_heads, num_rows, seq_len_kv, kv_block_size, width, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """COLUMNS of one q-block's row: log2 of the sizes, -inf where a block is listed, empty or not there."""
+    """The row of one q-block: log2 of the sizes of kv-blocks, -inf where one is listed or not there."""
     program = tl.program_id(0)
-    row = program % num_rows
-    head = ((program // num_rows) % heads).to(tl.int64)
-    batch = (program // num_rows // heads).to(tl.int64)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < num_kv_blocks
-    words_ptr += batch * words_stride_b + head * words_stride_h + row.to(tl.int64) * num_words
-    sizes_ptr += batch * sizes_stride_b + (head // size_group) * sizes_stride_h
-    word = tl.load(words_ptr + columns // 64, mask=inside, other=0)
-    size = tl.load(sizes_ptr + columns, mask=inside, other=float("-inf"))
-    bias = tl.where((word >> (columns % 64)) & 1 == 0, size, float("-inf"))
-    tl.store(bias_ptr + program.to(tl.int64) * padded + columns, bias, mask=columns < padded)
+    row = (program % num_rows).to(tl.int64)
+    head = ((program // num_rows) % num_heads).to(tl.int64)
+    batch = (program // num_rows // num_heads).to(tl.int64)
+    bias_ptr += program.to(tl.int64) * width
+    count = tl.load(counts_ptr + batch * counts_stride_b + head * counts_stride_h + row)
+    indices_ptr += batch * indices_stride_b + head * indices_stride_h + row * indices_stride_m
+    for start in tl.range(0, width, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        size = tl.minimum(kv_block_size, seq_len_kv - columns * kv_block_size)
+        bias = tl.where(size > 0, tl.log2(tl.maximum(size, 1).to(tl.float32)), float("-inf"))
+        tl.store(bias_ptr + columns, bias, mask=columns < width)
+    # Other threads write the same numbers again.
+    tl.debug_barrier()
+    for start in tl.range(0, count, COLUMNS):
+        places = start + tl.arange(0, COLUMNS)
+        block = tl.load(indices_ptr + places, mask=places < count, other=0)
+        tl.store(bias_ptr + block, float("-inf"), mask=places < count)
 
 
 @gluon.jit
 def _load_tiles(
-    query, keys, values, matrix, q_smem, k_smem, v_smem, h_smem, barriers,
-    num_heads, group_size, num_tiles, num_q_tiles, num_work,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, FIRST_ORDER: gl.constexpr,
+    query, key, value, mean_key, mean_value, matrix, q_smem, k_smem, v_smem, h_smem, barriers, items, ready, lists,
+    num_heads, group_size, num_q_tiles, num_mean_tiles,
+    Q_BLOCK: gl.constexpr, KV_BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    FIRST_ORDER: gl.constexpr,
 ):  # fmt: skip
-    """The producer: copy what the warpgroups need, in their order, values one tile later than keys."""
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, h_full, h_empty, _ = barriers
+    """The producer: copy what the warpgroups need, in their order: each list from its end, then the means, values one
+    tile later, and the first-order matrix."""
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, h_full, h_empty = barriers
+    TILES: gl.constexpr = KV_BLOCK // BLOCK_N
+    LOG: gl.constexpr = _log2(STAGES)
     base = 0
     turn = 0
-    for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
+    work, tile_m, num_tiles, start_v, state = item(0, items, ready, 1)
+    while state > 0:
         head = (work // num_q_tiles) % num_heads
         batch = work // num_q_tiles // num_heads
-        pool = head // group_size
-        start_m = (work % num_q_tiles) * 128
+        kv_head = head // group_size
+        indices = _list(lists, batch, head, tile_m, Q_BLOCK)
+        all_tiles = num_tiles + num_mean_tiles
         mbarrier.wait(q_empty, (turn & 1) ^ 1)
         mbarrier.expect(q_full, 2 * query.block_type.nbytes)
         for consumer in gl.static_range(2):
-            tma_load(query, [batch, head, start_m + consumer * 64, 0], q_full, q_smem.index(consumer))
-        for i in range(num_tiles + 1):
-            if i < num_tiles:
-                stage = (base + i) % STAGES
-                mbarrier.wait(k_empty.index(stage), (((base + i) // STAGES) & 1) ^ 1)
-                mbarrier.expect(k_full.index(stage), keys.block_type.nbytes)
-                tma_load(keys, [batch, pool, i * BLOCK_N, 0], k_full.index(stage), k_smem.index(stage))
+            tma_load(query, [batch, head, tile_m * 128 + consumer * 64, 0], q_full, q_smem.index(consumer))
+        for i in range(all_tiles + 1):
+            start_k = start_v
+            if i < all_tiles:
+                tile = num_tiles - 1 - i
+                start_k = (i - num_tiles) * BLOCK_N
+                if tile >= 0:
+                    start_k = gl.load(indices + tile // TILES) * KV_BLOCK + (tile % TILES) * BLOCK_N
+                stage = (base + i) & (STAGES - 1)
+                mbarrier.wait(k_empty.index(stage), (((base + i) >> LOG) & 1) ^ 1)
+                mbarrier.expect(k_full.index(stage), key.block_type.nbytes)
+                if tile >= 0:
+                    tma_load(key, [batch, kv_head, start_k, 0], k_full.index(stage), k_smem.index(stage))
+                else:
+                    tma_load(mean_key, [batch, kv_head, start_k, 0], k_full.index(stage), k_smem.index(stage))
             if i > 0:
-                stage = (base + i - 1) % STAGES
-                mbarrier.wait(v_empty.index(stage), (((base + i - 1) // STAGES) & 1) ^ 1)
-                mbarrier.expect(v_full.index(stage), values.block_type.nbytes)
-                tma_load(values, [batch, pool, (i - 1) * BLOCK_N, 0], v_full.index(stage), v_smem.index(stage))
+                stage = (base + i - 1) & (STAGES - 1)
+                mbarrier.wait(v_empty.index(stage), (((base + i - 1) >> LOG) & 1) ^ 1)
+                mbarrier.expect(v_full.index(stage), value.block_type.nbytes)
+                if i <= num_tiles:
+                    tma_load(value, [batch, kv_head, start_v, 0], v_full.index(stage), v_smem.index(stage))
+                else:
+                    tma_load(mean_value, [batch, kv_head, start_v, 0], v_full.index(stage), v_smem.index(stage))
+            start_v = start_k
         if FIRST_ORDER:
             mbarrier.wait(h_empty, (turn & 1) ^ 1)
             mbarrier.expect(h_full, matrix.block_type.nbytes)
-            tma_load(matrix, [batch, pool, 0, 0], h_full, h_smem.index(0))
-        base += num_tiles
+            tma_load(matrix, [batch, kv_head, 0, 0], h_full, h_smem.index(0))
+        base += all_tiles
         turn += 1
+        work, tile_m, num_tiles, start_v, state = item(turn, items, ready, 1)
+
+
+@gluon.jit
+def _next_tile(
+    i, bias, acc, p, peak, parts, q, zeros, k_smem, v_smem, barriers, qk_scale_log2,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, HAS_BIAS: gl.constexpr,
+):  # fmt: skip
+    """Weights of tile `i` against a peak that stays, beside the product of the weights and values before it."""
+    _, _, k_full, k_empty, v_full, v_empty, _, _ = barriers
+    LOG: gl.constexpr = _log2(STAGES)
+    stage = i & (STAGES - 1)
+    before = (i - 1) & (STAGES - 1)
+    mbarrier.wait(k_full.index(stage), (i >> LOG) & 1)
+    k = k_smem.index(stage).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
+    scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(before), ((i - 1) >> LOG) & 1)
+    v = v_smem.index(before).reshape([BLOCK_N, BLOCK_D])
+    acc = warpgroup_mma(p, v, acc, is_async=True)
+    if HAS_BIAS:
+        tile_bias = gl.load(bias + gl.arange(0, BLOCK_N, gl.SliceLayout(0, zeros.type.layout)))
+    scores = warpgroup_mma_wait(1, deps=[scores])
+    # One thread arrives for the warpgroup, so all of it has to be done with the tile.
+    warpgroup_barrier()
+    mbarrier.arrive(k_empty.index(stage), count=1)
+    if HAS_BIAS:
+        weights = gl.exp2(scores * qk_scale_log2 + (tile_bias[None, :] - peak[:, None]))
+    else:
+        weights = gl.exp2(scores * qk_scale_log2 - peak[:, None])
+    parts += _thread_sums(weights, BLOCK_N)
+    next_p = gl.convert_layout(weights.to(p.dtype), p.type.layout)
+    acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+    warpgroup_barrier()
+    mbarrier.arrive(v_empty.index(before), count=1)
+    return acc, next_p, parts
 
 
 @gluon.jit
 def _attend(
-    consumer: gl.constexpr, out, lse_ptr, q_smem, k_smem, v_smem, h_smem, o_smem, barriers, biases, lse_strides,
-    num_heads, seq_len_q, num_tiles, num_q_tiles, num_work, qk_scale_log2,
+    consumer: gl.constexpr, out, lse_ptr, q_smem, k_smem, v_smem, h_smem, o_smem, barriers, items, verdicts, ready,
+    ended, lists, biases, num_heads, seq_len_q, seq_len_kv, num_q_tiles, num_mean_tiles, qk_scale_log2,
     Q_BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
-    FIRST_ORDER: gl.constexpr, MERGE: gl.constexpr, LATE_P: gl.constexpr,
+    RAGGED_KV: gl.constexpr, FIRST_ORDER: gl.constexpr, STORE_LSE: gl.constexpr, LARGEST_MASS: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup: 64 queries of each q tile over all tiles of virtual tokens."""
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, h_full, h_empty, o_full = barriers
-    bias_ptr, bias_stride_b, bias_stride_h, padded = biases
-    lse_stride_b, lse_stride_h, lse_stride_s = lse_strides
-    DTYPE: gl.constexpr = q_smem.dtype
+    """A warpgroup: 64 queries of each q tile over their list, from its end, then over the means."""
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, h_full, h_empty = barriers
+    bias_ptr, bias_stride_b, bias_stride_h, bias_width = biases
+    DTYPE: gl.constexpr = o_smem.dtype
+    LOG: gl.constexpr = _log2(STAGES)
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     s_columns: gl.constexpr = gl.SliceLayout(0, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     q = q_smem.index(consumer).reshape([64, BLOCK_D])
     zeros = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
-    columns = gl.arange(0, BLOCK_N, s_columns)
     base = 0
     turn = 0
-    for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
+    work, tile_m, num_tiles, last_start, state = item(0, items, ready, 4)
+    while state > 0:
         head = (work // num_q_tiles) % num_heads
         batch = work // num_q_tiles // num_heads
-        wide_batch, wide_head = batch.to(gl.int64), head.to(gl.int64)
-        start_m = (work % num_q_tiles) * 128 + consumer * 64
-        q_block = (work % num_q_tiles) * 128 // Q_BLOCK
-        # Counted in rows of a multiple of 128 numbers, which tells the compiler how rows are aligned.
-        row = wide_batch * bias_stride_b + wide_head * bias_stride_h + q_block
-        bias = bias_ptr + row * padded * 128 + columns
-        if MERGE:
-            # Into the buffer that the last tile's result has left.
-            tma.store_wait(0)
-            warpgroup_barrier()
-            mbarrier.expect(o_full.index(consumer), out.block_type.nbytes)
-            tma_load(out, [batch, head, start_m, 0], o_full.index(consumer), o_smem.index(consumer))
+        start_m = tile_m * 128 + consumer * 64
+        all_tiles = num_tiles + num_mean_tiles
+        # Counted in steps of BIAS_COLUMNS, which tells the compiler how rows are aligned.
+        row = batch.to(gl.int64) * bias_stride_b + head.to(gl.int64) * bias_stride_h + tile_m * 128 // Q_BLOCK
+        bias = bias_ptr + row * bias_width * 128
         acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
         mbarrier.wait(q_full, turn & 1)
-        stage = base % STAGES
-        mbarrier.wait(k_full.index(stage), (base // STAGES) & 1)
+        stage = base & (STAGES - 1)
+        mbarrier.wait(k_full.index(stage), (base >> LOG) & 1)
         k = k_smem.index(stage).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
         logits = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
-        tile_bias = gl.load(bias)
+        # The first tile is the last listed one, which may be cut, or has means.
+        columns = gl.arange(0, BLOCK_N, s_columns)
+        tile_bias = gl.load(bias + columns, mask=(columns >= 0) & (num_tiles == 0), other=0.0)
+        if RAGGED_KV:
+            inside = (last_start + columns < seq_len_kv) | (num_tiles == 0)
+            tile_bias = gl.where(inside, tile_bias, float("-inf"))
         logits = warpgroup_mma_wait(0, deps=[logits])
-        # One thread arrives for the warpgroup, so all of it has to be done with the tile.
         warpgroup_barrier()
         mbarrier.arrive(k_empty.index(stage), count=1)
         logits = logits * qk_scale_log2 + tile_bias[None, :]
         # [64], peak in base 2
         peak = gl.max(logits, 1)
-        # Where all logits are -inf, shifting by 0 keeps -inf - -inf out.
-        weights = gl.exp2(logits - gl.where(peak == float("-inf"), 0.0, peak)[:, None])
+        weights = gl.exp2(logits - peak[:, None])
         mass = gl.sum(weights, 1)
+        # What of the mass came from the means.
+        tail = gl.where(num_tiles == 0, mass, 0.0)
         p = gl.convert_layout(weights.to(DTYPE), p_layout)
-        for i in range(base + 1, base + num_tiles):
-            stage = i % STAGES
-            before = (i - 1) % STAGES
-            mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
-            k = k_smem.index(stage).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
-            logits = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
-            v = v_smem.index(before).reshape([BLOCK_N, BLOCK_D])
-            acc = warpgroup_mma(p, v, acc, is_async=True)
-            tile_bias = gl.load(bias + (i - base) * BLOCK_N)
-            logits = warpgroup_mma_wait(1, deps=[logits])
-            warpgroup_barrier()
-            mbarrier.arrive(k_empty.index(stage), count=1)
-            logits = logits * qk_scale_log2 + tile_bias[None, :]
-            new_peak = gl.maximum(peak, gl.max(logits, 1))
-            shift = gl.where(new_peak == float("-inf"), 0.0, new_peak)
-            weights = gl.exp2(logits - shift[:, None])
-            decay = gl.exp2(peak - shift)
-            mass = mass * decay + gl.sum(weights, 1)
-            peak = new_peak
-            if not LATE_P:
+        if state > 1:
+            for i in range(1, all_tiles):
+                place = base + i
+                stage = place & (STAGES - 1)
+                before = (place - 1) & (STAGES - 1)
+                mbarrier.wait(k_full.index(stage), (place >> LOG) & 1)
+                k = k_smem.index(stage).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
+                logits = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+                mbarrier.wait(v_full.index(before), ((place - 1) >> LOG) & 1)
+                v = v_smem.index(before).reshape([BLOCK_N, BLOCK_D])
+                acc = warpgroup_mma(p, v, acc, is_async=True)
+                columns = (i - num_tiles) * BLOCK_N + gl.arange(0, BLOCK_N, s_columns)
+                tile_bias = gl.load(bias + columns, mask=columns >= 0, other=0.0)
+                logits = warpgroup_mma_wait(1, deps=[logits])
+                warpgroup_barrier()
+                mbarrier.arrive(k_empty.index(stage), count=1)
+                logits = logits * qk_scale_log2 + tile_bias[None, :]
+                new_peak = gl.maximum(peak, gl.max(logits, 1))
+                weights = gl.exp2(logits - new_peak[:, None])
+                decay = gl.exp2(peak - new_peak)
+                sums = gl.sum(weights, 1)
+                mass = mass * decay + sums
+                tail = tail * decay + gl.where(i >= num_tiles, sums, 0.0)
+                peak = new_peak
                 next_p = gl.convert_layout(weights.to(DTYPE), p_layout)
-            acc, p = warpgroup_mma_wait(0, deps=[acc, p])
-            warpgroup_barrier()
-            mbarrier.arrive(v_empty.index(before), count=1)
-            acc = acc * gl.convert_layout(decay, o_rows)[:, None]
-            if LATE_P:
-                next_p = gl.convert_layout(weights.to(DTYPE), p_layout)
-            p = next_p
-        stage = (base + num_tiles - 1) % STAGES
-        mbarrier.wait(v_full.index(stage), ((base + num_tiles - 1) // STAGES) & 1)
+                acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+                warpgroup_barrier()
+                mbarrier.arrive(v_empty.index(before), count=1)
+                acc = acc * gl.convert_layout(decay, o_rows)[:, None]
+                p = next_p
+        else:
+            # [64, 4], what the threads that share a row have added up.
+            parts = _thread_sums(gl.zeros([64, BLOCK_N], gl.float32, s_layout), BLOCK_N)
+            for i in range(1, num_tiles):
+                acc, p, parts = _next_tile(
+                    base + i, bias, acc, p, peak, parts, q, zeros, k_smem, v_smem, barriers, qk_scale_log2,
+                    BLOCK_N, BLOCK_D, STAGES, False,
+                )  # fmt: skip
+            mass += gl.convert_layout(gl.sum(parts, 1), s_rows)
+            parts = _thread_sums(gl.zeros([64, BLOCK_N], gl.float32, s_layout), BLOCK_N)
+            for i in range(gl.maximum(num_tiles, 1), all_tiles):
+                acc, p, parts = _next_tile(
+                    base + i, bias + (i - num_tiles) * BLOCK_N, acc, p, peak, parts, q, zeros, k_smem, v_smem,
+                    barriers, qk_scale_log2, BLOCK_N, BLOCK_D, STAGES, True,
+                )  # fmt: skip
+            sums = gl.convert_layout(gl.sum(parts, 1), s_rows)
+            mass += sums
+            tail += sums
+        place = base + all_tiles - 1
+        stage = place & (STAGES - 1)
+        mbarrier.wait(v_full.index(stage), (place >> LOG) & 1)
         v = v_smem.index(stage).reshape([BLOCK_N, BLOCK_D])
         acc = warpgroup_mma(p, v, acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
         warpgroup_barrier()
         mbarrier.arrive(v_empty.index(stage), count=1)
-        empty = mass == 0.0
-        safe = gl.where(empty, 1.0, mass)
-        acc = acc * gl.convert_layout(1.0 / safe, o_rows)[:, None]
+        # 0, or NaN where a number is not finite.
+        spoilt = gl.convert_layout(gl.sum(acc * 0.0, 1), s_rows)
+        right = (mass < LARGEST_MASS) & (spoilt == 0.0)
+        again = gl.where(state > 1, 0, gl.max(gl.where(right, 0, 1), 0))
+        inverse = 1.0 / mass
         if FIRST_ORDER:
+            # Without a tail the term is rounded away: 2^64 is far beyond what fp32 can add.
+            share = gl.maximum(tail * inverse, 5.421010862427522e-20)
+            acc = acc * gl.convert_layout(inverse / share, o_rows)[:, None]
             mbarrier.wait(h_full, turn & 1)
-            h = h_smem.index(0).reshape([BLOCK_D, BLOCK_D])
-            acc = warpgroup_mma(q, h, acc, is_async=True)
+            acc = warpgroup_mma(q, h_smem.index(0).reshape([BLOCK_D, BLOCK_D]), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             warpgroup_barrier()
             mbarrier.arrive(h_empty, count=1)
-            acc = gl.where((gl.convert_layout(mass, o_rows) > 0.0)[:, None], acc, 0.0)
-        mbarrier.arrive(q_empty, count=1)
-        lse = gl.where(empty, float("-inf"), (peak + gl.log2(safe)) * 0.6931471805599453)
-        tokens = start_m + gl.arange(0, 64, s_rows)
-        lse_pointers = lse_ptr + wide_batch * lse_stride_b + wide_head * lse_stride_h
-        lse_pointers = lse_pointers + tokens.to(gl.int64) * lse_stride_s
-        if MERGE:
-            other_lse = gl.load(lse_pointers, mask=tokens < seq_len_q, other=float("-inf"))
-            top = gl.maximum(lse, other_lse)
-            top = gl.where(top == float("-inf"), 0.0, top)
-            own_mass = gl.exp(lse - top)
-            other_mass = gl.exp(other_lse - top)
-            both = own_mass + other_mass
-            none = both == 0.0
-            both = gl.where(none, 1.0, both)
-            lse = gl.where(none, float("-inf"), top + gl.log(both))
-            mbarrier.wait(o_full.index(consumer), turn & 1)
-            other = o_smem.index(consumer).reshape([64, BLOCK_D]).load(o_layout).to(gl.float32)
-            own_share = gl.convert_layout(own_mass / both, o_rows)[:, None]
-            acc = acc * own_share + other * gl.convert_layout(other_mass / both, o_rows)[:, None]
+            mbarrier.arrive(q_empty, count=1)
+            acc = acc * gl.convert_layout(share, o_rows)[:, None]
         else:
+            mbarrier.arrive(q_empty, count=1)
+            acc = acc * gl.convert_layout(inverse, o_rows)[:, None]
+        if STORE_LSE:
+            tokens = start_m + gl.arange(0, 64, s_rows)
+            lse = (peak + gl.log2(mass)) * 0.6931471805599453
+            lse_row = (batch.to(gl.int64) * num_heads + head) * seq_len_q
+            gl.store(lse_ptr + lse_row + tokens, lse, mask=(tokens < seq_len_q) & (again == 0))
+        if again == 0:
             tma.store_wait(0)
+            warpgroup_barrier()
+            o_smem.index(consumer).reshape([64, BLOCK_D]).store(acc.to(DTYPE))
+            fence_async_shared()
+            warpgroup_barrier()
+            tma_store(out, [batch, head, start_m, 0], o_smem.index(consumer))
+        slot = turn & 1
+        verdicts.index(slot * 2 + consumer).store(gl.full([1], again, gl.int32, one))
         warpgroup_barrier()
-        gl.store(lse_pointers, lse, mask=tokens < seq_len_q)
-        o_smem.index(consumer).reshape([64, BLOCK_D]).store(acc.to(DTYPE))
-        fence_async_shared()
-        warpgroup_barrier()
-        tma_store(out, [batch, head, start_m, 0], o_smem.index(consumer))
-        base += num_tiles
+        mbarrier.arrive(ended.index(slot), count=1)
+        base += all_tiles
         turn += 1
+        work, tile_m, num_tiles, last_start, state = item(turn, items, ready, 4)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=RUNTIME_INTEGERS)
-def pooled_tail_hopper_kernel(
-    query, keys, values, matrix, out, lse_ptr, bias_ptr,
-    bias_stride_b, bias_stride_h, padded, lse_stride_b, lse_stride_h, lse_stride_s,
-    num_heads, group_size, seq_len_q, num_tiles, num_q_tiles, num_work, qk_scale_log2,
-    BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, Q_BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    FIRST_ORDER: gl.constexpr, MERGE: gl.constexpr, LATE_P: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+def block_sparse_forward_with_tail_kernel(
+    query, key, value, mean_key, mean_value, matrix, out, lse_ptr, counts_ptr, indices_ptr, order_ptr, counter_ptr,
+    bias_ptr, counts_stride_b, counts_stride_h, indices_stride_b, indices_stride_h, indices_stride_m,
+    order_stride_b, order_stride_h, has_order, bias_stride_b, bias_stride_h, bias_width,
+    num_heads, group_size, seq_len_q, seq_len_kv, num_q_tiles, num_work, num_mean_tiles, qk_scale_log2,
+    BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, Q_BLOCK: gl.constexpr, KV_BLOCK: gl.constexpr,
+    STAGES: gl.constexpr, RAGGED_KV: gl.constexpr, FIRST_ORDER: gl.constexpr, STORE_LSE: gl.constexpr,
+    LARGEST_MASS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """128 queries of one head over all virtual tokens, q tile after q tile; tensors with a head_dim are descriptors.
-
-    MERGE: out and lse hold a state over other keys, and are replaced by the state over both.
-    """
-    DTYPE: gl.constexpr = query.dtype
+    """128 queries of one head over their listed kv-blocks and all means, q tile after q tile; tensors with a head_dim
+    are descriptors."""
     # [stages, batch, head, token, dim]
-    q_smem = gl.allocate_shared_memory(DTYPE, [2, 1, 1, 64, BLOCK_D], query.layout)
-    o_smem = gl.allocate_shared_memory(DTYPE, [2, 1, 1, 64, BLOCK_D], out.layout)
-    k_smem = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, BLOCK_D], keys.layout)
-    v_smem = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, BLOCK_D], values.layout)
+    q_smem = gl.allocate_shared_memory(query.dtype, [2, 1, 1, 64, BLOCK_D], query.layout)
+    o_smem = gl.allocate_shared_memory(out.dtype, [2, 1, 1, 64, BLOCK_D], out.layout)
+    k_smem = gl.allocate_shared_memory(key.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], key.layout)
+    v_smem = gl.allocate_shared_memory(value.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], value.layout)
     if FIRST_ORDER:
-        h_smem = gl.allocate_shared_memory(DTYPE, [1, 1, 1, BLOCK_D, BLOCK_D], matrix.layout)
+        h_smem = gl.allocate_shared_memory(matrix.dtype, [1, 1, 1, BLOCK_D, BLOCK_D], matrix.layout)
     else:
         h_smem = q_smem
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     h_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     h_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    o_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    # Full: the producer arrives (o: the warpgroup itself). Empty: each of the two warpgroups does.
+    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    ended = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    single: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    # [number and place, 1], [place and warpgroup, 1]
+    items = gl.allocate_shared_memory(gl.int32, [2 * ITEM_NUMBERS, 1], single)
+    verdicts = gl.allocate_shared_memory(gl.int32, [4, 1], single)
+    for i in gl.static_range(4):
+        verdicts.index(i).store(gl.zeros([1], gl.int32, gl.BlockedLayout([1], [32], [4], [0])))
+    for slot in gl.static_range(2):
+        mbarrier.init(ready.index(slot), count=1)
+        mbarrier.init(ended.index(slot), count=2)
+    # Full: the producer arrives. Empty: each of the two warpgroups does.
     mbarrier.init(q_full, count=1)
     mbarrier.init(q_empty, count=2)
     mbarrier.init(h_full, count=1)
     mbarrier.init(h_empty, count=2)
-    for consumer in gl.static_range(2):
-        mbarrier.init(o_full.index(consumer), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(k_empty.index(stage), count=2)
         mbarrier.init(v_empty.index(stage), count=2)
     fence_async_shared()
-    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, h_full, h_empty, o_full)
-    biases = bias_ptr, bias_stride_b, bias_stride_h, padded
-    lse_strides = lse_stride_b, lse_stride_h, lse_stride_s
+    barriers = q_full, q_empty, k_full, k_empty, v_full, v_empty, h_full, h_empty
+    lists = indices_ptr, indices_stride_b, indices_stride_h, indices_stride_m
+    biases = bias_ptr, bias_stride_b, bias_stride_h, bias_width
     gl.warp_specialize(
         [
             (_attend, (
-                0, out, lse_ptr, q_smem, k_smem, v_smem, h_smem, o_smem, barriers, biases, lse_strides,
-                num_heads, seq_len_q, num_tiles, num_q_tiles, num_work, qk_scale_log2,
-                Q_BLOCK, BLOCK_N, BLOCK_D, STAGES, FIRST_ORDER, MERGE, LATE_P,
+                0, out, lse_ptr, q_smem, k_smem, v_smem, h_smem, o_smem, barriers, items, verdicts, ready, ended, lists,
+                biases, num_heads, seq_len_q, seq_len_kv, num_q_tiles, num_mean_tiles, qk_scale_log2,
+                Q_BLOCK, BLOCK_N, BLOCK_D, STAGES, RAGGED_KV, FIRST_ORDER, STORE_LSE, LARGEST_MASS,
             )),
             (_attend, (
-                1, out, lse_ptr, q_smem, k_smem, v_smem, h_smem, o_smem, barriers, biases, lse_strides,
-                num_heads, seq_len_q, num_tiles, num_q_tiles, num_work, qk_scale_log2,
-                Q_BLOCK, BLOCK_N, BLOCK_D, STAGES, FIRST_ORDER, MERGE, LATE_P,
+                1, out, lse_ptr, q_smem, k_smem, v_smem, h_smem, o_smem, barriers, items, verdicts, ready, ended, lists,
+                biases, num_heads, seq_len_q, seq_len_kv, num_q_tiles, num_mean_tiles, qk_scale_log2,
+                Q_BLOCK, BLOCK_N, BLOCK_D, STAGES, RAGGED_KV, FIRST_ORDER, STORE_LSE, LARGEST_MASS,
             )),
             (_load_tiles, (
-                query, keys, values, matrix, q_smem, k_smem, v_smem, h_smem, barriers,
-                num_heads, group_size, num_tiles, num_q_tiles, num_work, BLOCK_N, STAGES, FIRST_ORDER,
+                query, key, value, mean_key, mean_value, matrix, q_smem, k_smem, v_smem, h_smem, barriers, items, ready,
+                lists, num_heads, group_size, num_q_tiles, num_mean_tiles,
+                Q_BLOCK, KV_BLOCK, BLOCK_N, STAGES, FIRST_ORDER,
+            )),
+            (schedule, (
+                items, verdicts, ready, ended, counts_ptr, indices_ptr, counts_stride_b, counts_stride_h,
+                indices_stride_b, indices_stride_h, indices_stride_m, order_ptr, order_stride_b, order_stride_h,
+                has_order, counter_ptr, num_heads, num_q_tiles, seq_len_kv, num_work, Q_BLOCK, KV_BLOCK, BLOCK_N,
             )),
         ],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        [4, 1, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
 
 
-def hopper_tail(
+def hopper_forward_with_tail(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mean_key: Tensor,
+    mean_value: Tensor,
     matrix: Tensor | None,
-    sizes: Tensor,
-    out: Tensor,
-    lse: Tensor,
     block_mask: BlockMask,
     *,
     scale: float,
-    merge: bool,
-    block_n: int | None = None,
-) -> None:
-    """Launch the kernels: write the tail into out and lse, or merge it into the state that they hold.
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Launch the kernels; inference only.
 
     Args:
-        query, out: `[batch, seq_len_q, num_heads, head_dim]` bf16 or fp16, as TMA can read them.
-        keys, values: `[batch, num_pools, num_kv_blocks, head_dim]`, contiguous, in the dtype of `query`.
-        matrix: likewise `[batch, num_pools, head_dim, head_dim]`, times scale, or None.
-        sizes: fp32 `[B|1, num_pools|1, num_kv_blocks]`, log2 of the blocks' sizes.
-        lse: fp32 `[batch, num_heads, seq_len_q]`, any strides.
-        block_mask: q-blocks of a multiple of 128 tokens, at least one kv-block.
+        query: `[batch, seq_len_q, num_heads, head_dim]` bf16 or fp16. What TMA cannot read (rows that do not start at
+            multiples of 16 bytes, elements apart) is copied, here and in key and value.
+        key, value: `[batch, seq_len_kv, num_kv_heads, head_dim]`.
+        mean_key, mean_value: `[batch, num_kv_heads, num_kv_blocks, head_dim]`, contiguous, in the dtype of `query`.
+        matrix: likewise `[batch, num_kv_heads, head_dim, head_dim]`, times scale; None leaves the first order out.
+        block_mask: lists; q-blocks of a multiple of 128 tokens, kv-blocks of a multiple of 64.
         scale: factor on query . key, positive.
-        merge: whether out and lse hold a state.
-        block_n: virtual tokens per tile, 64 or 128; default: those that leave less of the last tile empty.
+        return_lse: whether to compute the LSE.
+
+    Returns:
+        Output like `query` (contiguous) and the fp32 LSE `[batch, num_heads, seq_len_q]` or None.
     """
     batch, seq_len_q, num_heads, head_dim = query.shape
-    num_pools, num_kv_blocks = keys.shape[1:3]
-    bias = tail_bias(block_mask, sizes, num_heads)
+    seq_len_kv = key.shape[1]
+    query, key, value = (x if _tma_can_read(x) else x.contiguous() for x in (query, key, value))
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(batch, num_heads, seq_len_q, dtype=torch.float32, device=query.device) if return_lse else None
+    counts, indices = _readable(block_mask.kv_num_blocks, block_mask.kv_indices)
+    bias = tail_bias(block_mask)
     block_d = padded_head_dim(head_dim)
-    if block_n is None:
-        block_n = 128 if triton.cdiv(num_kv_blocks, 64) % 2 == 0 else 64
+    block_n = 128 if block_mask.kv_block_size % 128 == 0 else 64
     num_q_tiles = triton.cdiv(seq_len_q, BLOCK_M)
     num_work = num_q_tiles * num_heads * batch
-    num_programs = min(num_work, torch.cuda.get_device_properties(query.device).multi_processor_count)
+    multiprocessors = torch.cuda.get_device_properties(query.device).multi_processor_count
+    counter = torch.zeros(1, dtype=torch.int32, device=query.device)
+    order = longest_first(block_mask, BLOCK_M)
     # As [batch, token, head, dim], which is what `_descriptor` takes.
-    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    means = [_descriptor(x.transpose(1, 2), block_n, block_d) for x in (mean_key, mean_value)]
     out_tiles = _descriptor(out, 64, block_d)
-    matrix_tile = out_tiles if matrix is None else _descriptor(matrix.transpose(1, 2), block_d, block_d)
     # Strides of the bias count in its rows.
-    rows = [x // bias.shape[3] for x in broadcast_strides(bias)]
-    launch: Any = pooled_tail_hopper_kernel[(num_programs,)]
+    bias_strides = [x // bias.shape[3] for x in _broadcast_strides(bias, 2)]
+    launch: Any = block_sparse_forward_with_tail_kernel[(min(num_work, multiprocessors),)]
     with torch.cuda.device_of(query):
         launch(
-            _descriptor(query, 64, block_d), _descriptor(keys, block_n, block_d), _descriptor(values, block_n, block_d),
-            matrix_tile, out_tiles, lse, bias, *rows, bias.shape[3] // BIAS_COLUMNS, *lse.stride(),
-            num_heads, num_heads // num_pools, seq_len_q, triton.cdiv(num_kv_blocks, block_n), num_q_tiles,
-            num_work, scale * LOG2_E,
-            BLOCK_D=block_d, BLOCK_N=block_n, Q_BLOCK=block_mask.q_block_size,
-            STAGES=num_stages(block_n, block_d), FIRST_ORDER=matrix is not None, MERGE=merge,
-            LATE_P=block_d <= MAX_LATE_P, CONSUMER_REGISTERS=CONSUMER_REGISTERS,
-            PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=4, enable_fp_fusion=True,
+            _descriptor(query, 64, block_d), _descriptor(key, block_n, block_d), _descriptor(value, block_n, block_d),
+            *means, out_tiles if matrix is None else _descriptor(matrix.transpose(1, 2), block_d, block_d),
+            out_tiles, lse if lse is not None else counts, counts, indices,
+            order if order is not None else counts, counter, bias,
+            *_broadcast_strides(counts, 2), *_broadcast_strides(indices, 2), indices.stride(2),
+            *(_broadcast_strides(order, 2) if order is not None else (0, 0)), int(order is not None),
+            *bias_strides, bias.shape[3] // BIAS_COLUMNS,
+            num_heads, num_heads // key.shape[2], seq_len_q, seq_len_kv, num_q_tiles, num_work,
+            triton.cdiv(block_mask.num_kv_blocks, block_n), scale * LOG2_E,
+            BLOCK_D=block_d, BLOCK_N=block_n, Q_BLOCK=block_mask.q_block_size, KV_BLOCK=block_mask.kv_block_size,
+            STAGES=num_stages(block_n, block_d), RAGGED_KV=seq_len_kv % block_n != 0, FIRST_ORDER=matrix is not None,
+            STORE_LSE=return_lse, LARGEST_MASS=LARGEST_MASS,
+            CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS,
+            num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
+    return out, lse
 
 
-def tail_bias(block_mask: BlockMask, sizes: Tensor, num_heads: int) -> Tensor:
-    """fp32 `[B|1, H|1, num_q_blocks, padded]`: what is added to a logit in base 2; 34 MB for 12 heads of 591 x 1,182."""
-    words = listed_words(block_mask)
-    lead = max(words.shape[0], sizes.shape[0]), num_heads if max(words.shape[1], sizes.shape[1]) > 1 else 1
-    num_rows, num_words = words.shape[2:]
-    num_kv_blocks = sizes.shape[2]
-    padded = triton.cdiv(num_kv_blocks, BIAS_COLUMNS) * BIAS_COLUMNS
-    bias = torch.empty(*lead, num_rows, padded, dtype=torch.float32, device=words.device)
-    columns = min(1024, triton.next_power_of_2(padded))
-    launch: Any = tail_bias_kernel[(lead[0] * lead[1] * num_rows, triton.cdiv(padded, columns))]
-    with torch.cuda.device_of(words):
+def tail_bias(block_mask: BlockMask) -> Tensor:
+    """fp32 `[B|1, H|1, num_q_blocks, padded]`: what is added to the logits of means, in base 2; 34 MB for 12 heads of
+    591 x 1,182 blocks."""
+    counts, indices = _readable(block_mask.kv_num_blocks, block_mask.kv_indices)
+    batch, heads, num_rows = counts.shape
+    width = triton.cdiv(block_mask.num_kv_blocks, BIAS_COLUMNS) * BIAS_COLUMNS
+    bias = torch.empty(batch, heads, num_rows, width, dtype=torch.float32, device=counts.device)
+    launch: Any = tail_bias_kernel[(batch * heads * num_rows,)]
+    with torch.cuda.device_of(counts):
         launch(
-            bias, words, sizes, *broadcast_strides(words), *broadcast_strides(sizes),
-            lead[1], max(1, lead[1] // sizes.shape[1]), num_rows, num_words, num_kv_blocks, padded,
-            COLUMNS=columns, num_warps=4,
+            bias, counts, indices, *_broadcast_strides(counts, 2), *_broadcast_strides(indices, 2), indices.stride(2),
+            heads, num_rows, block_mask.seq_len_kv, block_mask.kv_block_size, width,
+            COLUMNS=min(1024, triton.next_power_of_2(width)), num_warps=4,
         )  # fmt: skip
     return bias
 
 
-def unsupported(query: Tensor, out: Tensor, block_mask: BlockMask) -> str | None:
+def unsupported(query: Tensor, key: Tensor, block_mask: BlockMask) -> str | None:
     """Why this kernel cannot do a case, as the end of a sentence that starts with its name; None if it can."""
-    if query.device.type != "cuda" or torch.version.hip is not None:
-        return "needs a CUDA GPU"
-    if torch.cuda.get_device_capability(query.device) != (9, 0):
-        return "needs a GPU of compute capability 9.0 (H100, H200)"
-    if query.dtype not in (torch.bfloat16, torch.float16):
-        return f"computes in bf16 and fp16, not {query.dtype}"
-    if not 32 < query.shape[3] <= 128 or query.shape[3] % 8:
-        return f"supports multiples of 8 from 40 to 128 as head_dim, got {query.shape[3]}"
-    if block_mask.q_offsets is not None or block_mask.q_block_size % BLOCK_M:
-        return f"needs uniform q-blocks of a multiple of {BLOCK_M} tokens, got {block_mask.q_block_size}"
-    if not (_tma_can_read(query) and _tma_can_read(out)):
-        return "needs query and output with rows that start at multiples of 16 bytes"
-    if query.numel() == 0 or block_mask.num_kv_blocks == 0:
-        return "needs at least one token"
-    return None
+    if block_mask.variable:
+        return "needs blocks of uniform size"
+    if query.shape[3] <= 64:
+        return f"supports head_dim from 65 to 128, got {query.shape[3]}"
+    return sparse_unsupported(query, key, block_mask)

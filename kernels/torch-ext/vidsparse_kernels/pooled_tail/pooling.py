@@ -26,6 +26,8 @@ MAX_TILES = 4
 """Tiles of a block that one step of the loop over blocks holds; larger blocks get a loop of their own."""
 MIN_TOKENS = 512
 """Tokens of a program, at least: its partial sum is as large as 256 tokens of 128 numbers."""
+MIN_HOPPER_ELEMENTS = 1 << 24
+"""Of keys: below this, making the descriptors of the kernel for Hopper GPUs on the host takes about as long as it."""
 INTEGERS = [
     "offsets_stride_b", "offsets_stride_h", "num_pools", "group_size", "num_blocks", "per_program", "num_splits",
     "seq_len", "block_size",
@@ -131,6 +133,11 @@ def triton_pool_for_tail(key: Tensor, value: Tensor, block_mask: BlockMask, *, f
     batch, seq_len, num_kv_heads, head_dim = key.shape
     pools, num_blocks = num_pools(num_kv_heads, block_mask), block_mask.num_kv_blocks
     offsets = block_mask.kv_offsets
+    if offsets is None and key.numel() >= MIN_HOPPER_ELEMENTS and _hopper_can(key, value, block_mask.kv_block_size):
+        from .hopper_pooling import hopper_pool
+
+        means = hopper_pool(key, value, block_mask.kv_block_size, first_order=first_order)
+        return Pools(means[0], means[1], block_counts(block_mask), means[2])
     if offsets is not None and offsets.stride(-1) != 1:
         offsets = offsets.contiguous()
     shape = (batch, pools, num_blocks, head_dim)
@@ -168,6 +175,15 @@ def triton_pool_for_tail(key: Tensor, value: Tensor, block_mask: BlockMask, *, f
             **options,
         )  # fmt: skip
     return Pools(keys, values, counts, partial.sum(2) / seq_len if first_order else None)
+
+
+def _hopper_can(key: Tensor, value: Tensor, kv_block_size: int) -> bool:
+    """Whether the kernel for Hopper GPUs can pool; its language is in Triton from 3.5 on."""
+    try:
+        from .hopper_pooling import unsupported
+    except ImportError:
+        return False
+    return unsupported(key, value, kv_block_size) is None
 
 
 def block_counts(block_mask: BlockMask) -> Tensor:

@@ -1,0 +1,41 @@
+"""The pooled tail as a method's correction: in one call with the attention where a kernel does both."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vidsparse_kernels
+from vidsparse.attention import attend, make_context
+from vidsparse.layout import LatentGrid, TokenLayout
+from vidsparse.recipe import Recipe
+from vidsparse_kernels.testing import make_qkv
+
+LAYOUT = TokenLayout(LatentGrid(5, 16, 16), text_after=7)
+
+
+@pytest.mark.parametrize("first_order", [True, False])
+def test_both_in_one_call_is_named_and_gives_the_same(monkeypatch, first_order):
+    context = make_context(LAYOUT, Recipe.from_options("pisa", density=0.2, first_order=first_order), "cpu")
+    q, k, v = make_qkv(seq_len_q=LAYOUT.seq_len, num_heads=2, head_dim=16)
+    want, selection = attend(q, k, v, context)
+    assert selection is not None and selection.backend is not None and selection.backend[0] == "reference"
+    both = vidsparse_kernels.block_sparse_attention_with_tail
+    calls = []
+
+    def one_kernel(*tensors, backend, **options):
+        calls.append(options)
+        assert backend == "hopper_with_tail"
+        return both(*tensors, backend="separate", **options)
+
+    monkeypatch.setattr(vidsparse_kernels, "select_backend_with_tail", lambda *_: ("hopper_with_tail", "as if"))
+    monkeypatch.setattr(vidsparse_kernels, "block_sparse_attention_with_tail", one_kernel)
+    got, selection = attend(q, k, v, context)
+    torch.testing.assert_close(got, want)
+    assert selection is not None and selection.backend == ("hopper_with_tail", "as if")
+    assert calls == [dict(scale=0.25, first_order=first_order)]
+    # With a bias over keys, and with a backend asked for, they stay two steps.
+    bias = torch.zeros(1, 1, LAYOUT.seq_len)
+    for options in (dict(key_bias=bias), dict(backend="reference")):
+        torch.testing.assert_close(attend(q, k, v, context, **options)[0], want)  # pyright: ignore[reportArgumentType]
+    assert len(calls) == 1
