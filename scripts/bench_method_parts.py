@@ -5,8 +5,8 @@
 
 A call is what a layer does in a step that is not the first: cluster (from the centroids of the step before), select,
 permute, attend, correct, restore. "ms" is the whole call, everything counted; the parts are timed one by one, and
-"uniform" is the time of uniform blocks of 128 queries and 64 keys, chosen at random, of the same density (blocks of 128 keys
-are faster: docs/performance.md). All on the GPU's clock, bf16, head dim 128, batch 1.
+"uniform" and "uniform_128" are the times of uniform blocks of 128 queries and 64 or 128 keys, chosen at random, of the same
+density. All on the GPU's clock, bf16, head dim 128, batch 1.
 
 Query, key and value are those of the bundled model as `compare_selections.py --record` keeps them, made larger: each
 latent pixel is repeated over the pixels of the larger grid (21 frames both), two heads of 64 make one of 128 (every pair
@@ -40,6 +40,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vidsparse import LatentGrid, Recipe, TokenLayout, make_context
 from vidsparse.attention import attend
 from vidsparse.parts import LayerMemory, MemoryBudget, Selection
+from vidsparse.selection.blocks import PooledSelector
 from vidsparse.selection.clusters import ClusterSelector
 from vidsparse_kernels import block_sparse_attention
 
@@ -215,19 +216,19 @@ def measure(method: str, grid: LatentGrid, tensors: Tensors, repeats: int) -> di
         scale = query.shape[-1] ** -0.5
         correct = partial(parts.correction.correct, *moved, out, lse, selection, context, scale, None)
         row["parts"]["correct"] = timed(correct, repeats)
-    uniform = Call(f"random:density={float(selection.density):.3f}", grid, tensors)
-    mask = uniform.context.parts
-    assert mask is not None
-    flat = uniform()
-    plain = mask.block_mask if flat is None else flat.block_mask
-    assert plain is not None
+    plain = {}
+    for name, size in (("uniform", 64), ("uniform_128", 128)):
+        layout, density = context.layout, float(selection.density)
+        random = PooledSelector(layout, query.device, density, None, random_seed=0, kv_block_size=size)
+        plain[name] = random.select(query, key, context).block_mask
     # In turns, as the clock of the GPU sinks over a run.
-    both = [run, partial(block_sparse_attention, query, key, value, plain)]
-    turns = [[timed(function, 1) for function in both] for _ in range(max(3, repeats))]
-    row["parts"]["attend"], ms = (round(statistics.median(times), 4) for times in zip(*turns, strict=True))
-    row["uniform"] = {"ms": ms, "density": round(plain.token_density, 4)}
-    scaled = ms * row["density"] / row["uniform"]["density"]
-    row["rate_of_uniform"] = round(scaled / row["parts"]["attend"], 3)
+    every = [run, *(partial(block_sparse_attention, query, key, value, mask) for mask in plain.values())]
+    turns = [[timed(function, 1) for function in every] for _ in range(max(3, repeats))]
+    row["parts"]["attend"], *times = (round(statistics.median(ms), 4) for ms in zip(*turns, strict=True))
+    for (name, mask), ms in zip(plain.items(), times, strict=True):
+        row[name] = {"ms": ms, "density": round(mask.token_density, 4)}
+        scaled = ms * row["density"] / row[name]["density"]
+        row[f"rate_of_{name}"] = round(scaled / row["parts"]["attend"], 3)
     return row
 
 

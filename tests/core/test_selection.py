@@ -31,6 +31,8 @@ SELECTING = (
     ("svg1", {"density": 0.3}),
     ("semantic", {"density": 0.3}),
     ("semantic", {"top_p": 0.4}),
+    ("semantic", {"density": 0.3, "query_tiles": True}),
+    ("semantic", {"top_p": 0.4, "query_tiles": True, "q_clusters": 3}),
 )
 ALWAYS: dict[str, Any] = {"warmup_steps": 0, "dense_layers": 0, "min_tokens": 0}
 
@@ -282,6 +284,7 @@ def test_a_generation_reuses_per_branch_and_the_next_one_starts_anew(build_pipel
     ("method", "options"),
     [
         ("vidsparse", {"refresh_every": 2, "q_clusters": 3, "k_clusters": 4, "first_iterations": 2}),
+        ("vidsparse", {"refresh_every": 2, "q_clusters": 3, "k_clusters": 4, "query_tiles": True}),
         ("pooled", {"refresh_every": 3, "keep": "state"}),
     ],
 )
@@ -425,8 +428,53 @@ def test_published_clusters_by_default(sizes, clusters):
         assert f"{counts[0]} clusters of queries and {counts[1]} of keys" in note
 
 
+def test_full_tiles_of_queries():
+    """Rows are cut from the order of the clusters; text keeps its place, and a tile that holds text is dense."""
+    q, k, v = tensors()
+    selections = {}
+    for tiles in (False, True):
+        context = context_of("vidsparse", density=0.3, q_clusters=5, query_tiles=tiles)
+        assert ("full tiles of 32 queries" in (processor_class("vidsparse")(
+            q_clusters=5, query_tiles=tiles).parts(LAYOUT, "cpu")[1] or "")) == tiles  # fmt: skip
+        _, selections[tiles] = attend(q, k, v, context)
+    clusters, tiles = selections[False], selections[True]
+    assert clusters is not None and tiles is not None
+    assert torch.equal(clusters.q_order, tiles.q_order) and torch.equal(clusters.kv_order, tiles.kv_order)
+    mask = tiles.block_mask
+    assert (
+        mask.q_offsets is None
+        and mask.q_block_size == 32
+        and torch.equal(mask.kv_offsets, clusters.block_mask.kv_offsets)
+    )
+    assert mask.num_q_blocks == -(-LAYOUT.seq_len // 32)
+    dense = mask.kv_num_blocks == mask.num_kv_blocks
+    # Text stands in places 0 to 2 and 318 to 328.
+    assert dense[:, :, [0, 9, 10]].all() and not dense[:, :, 1:9].any()
+    # From step to step the numbers of the clusters stay, and with them what is a neighbour.
+    memory = LayerMemory(MemoryBudget())
+    context = dataclasses.replace(context_of("vidsparse", density=0.3, query_tiles=True), memory=memory)
+    first, second = (attend(q, k, v, at_step(context, step)) for step in (3, 4))
+    assert first[1] is not None and second[1] is not None
+    assert torch.nn.functional.cosine_similarity(first[0].flatten(), second[0].flatten(), 0) > 0.95
+
+
+def test_full_tiles_where_clusters_are_large_enough():
+    for sizes, expected in (((21, 45, 80), True), ((21, 30, 52), True), ((33, 45, 80), True), ((21, 12, 20), False)):
+        layout = TokenLayout(LatentGrid(*sizes))
+        cases: tuple[tuple[str, dict[str, Any], bool], ...] = (
+            ("vidsparse", {}, expected), ("vidsparse", {"query_tiles": False}, False), ("semantic", {}, False),
+            ("semantic", {"query_tiles": True}, True),
+        )  # fmt: skip
+        for method, options, tiles in cases:
+            parts, _ = processor_class(method)(**options).parts(layout, "cpu")
+            assert isinstance(parts.selector, ClusterSelector) and parts.selector.query_tiles == tiles
+    with pytest.raises(ConfigError, match="`query_tiles` must be True, False or None, got 2"):
+        processor_class("semantic")(query_tiles=2)
+
+
 def test_settings_of_a_method_made_of_another_are_described():
     texts = attribute_help(processor_class("vidsparse").config_class)
+    assert "160 queries" in texts["query_tiles"]
     assert "200 up to 60,000" in texts["q_clusters"] and "16th" in texts["k_clusters"] and "0.15" in texts["density"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -14,7 +15,15 @@ import pytest
 import torch
 
 from vidsparse_kernels import BlockMask, UnsupportedBackendError
-from vidsparse_kernels.clustering import Clusters, assign_clusters, cluster, order_by_label, update_centroids
+from vidsparse_kernels.clustering import (
+    Clusters,
+    arrange_clusters,
+    assign_clusters,
+    cluster,
+    order_by_label,
+    score_tiles,
+    update_centroids,
+)
 from vidsparse_kernels.clustering.configs import assign_config
 from vidsparse_kernels.testing import make_qkv
 
@@ -230,9 +239,61 @@ def test_extremes():
     assert not cluster(x.requires_grad_(), 3, iterations=1).centroids.requires_grad
 
 
+def test_arranged_clusters_are_the_same_and_neighbours_are_alike():
+    x, _, _ = make_qkv(batch=2, seq_len_q=600, num_heads=3, head_dim=8)
+    start = torch.randn(2, 3, 30, 8, generator=torch.Generator().manual_seed(1))
+    # Far from every token, so empty.
+    start[:, :, 4] = 1e4
+    found = cluster(x, 30, iterations=2, centroids=start)
+    arranged = arrange_clusters(found)
+    empty = found.counts == 0
+    assert empty.any() and torch.equal(arranged.counts == 0, empty.sort(-1).values), "empty ones come last"
+    for batch in range(2):
+        for head in range(3):
+            old, new = found.labels[batch, head].long(), arranged.labels[batch, head].long()
+            old_of = torch.zeros(30, dtype=torch.long).scatter_(0, new, old)
+            assert torch.equal(old_of[new], old), "a renumbering"
+            live = int((~empty[batch, head]).sum())
+            assert torch.equal(arranged.centroids[batch, head, :live], found.centroids[batch, head, old_of[:live]])
+            points = arranged.centroids[batch, head, :live]
+            for i in range(live - 1):
+                distances = (points[i] - points[i + 1 :]).square().sum(-1)
+                assert distances[0] <= distances.min() + 1e-4
+    ordered = order_by_label(arranged.labels, 30)
+    for name, want in zip(("order", "ranks", "offsets"), ordered, strict=True):
+        assert torch.equal(getattr(arranged, name), want)
+    broken = dataclasses.replace(found, centroids=found.centroids * torch.nan)
+    assert torch.equal(arrange_clusters(broken).counts.sort(-1).values, found.counts.sort(-1).values)
+
+
+@pytest.mark.parametrize(("tile", "shift"), [(64, 0), (64, 40), (16, 100), (128, 128)])
+def test_scores_of_tiles_are_mean_shares_of_their_quarters(tile, shift):
+    q, k, _ = make_qkv(batch=1, seq_len_q=333, seq_len_kv=200, num_heads=4, num_kv_heads=2, head_dim=16)
+    order = torch.stack([torch.randperm(333, generator=torch.Generator().manual_seed(h)) for h in range(4)])[None]
+    found = cluster(k, 11, iterations=1)
+    found.counts[:, 0, 5] = 0
+    scores = score_tiles(q, order.int(), found.centroids, found.counts, tile, shift=shift, scale=0.5)
+    assert scores.shape == (1, 4, -(-(333 + shift) // tile), 11)
+    for head in range(4):
+        counts = found.counts[0, head // 2].double()
+        for number in range(scores.shape[2]):
+            total, tokens = torch.zeros(11, dtype=torch.float64), 0
+            for part in range(4):
+                first = number * tile + part * tile // 4 - shift
+                places = range(max(first, 0), max(0, min(first + tile // 4, 333)))
+                if len(places):
+                    mean = q[0, order[0, head, list(places)], head].double().mean(0)
+                    logits = 0.5 * found.centroids[0, head // 2].double() @ mean + counts.log()
+                    total += len(places) * logits.softmax(0)
+                    tokens += len(places)
+            want = (total / max(tokens, 1)).log() - counts.log().masked_fill(counts == 0, 0)
+            torch.testing.assert_close(scores[0, head, number].double(), want, atol=1e-5, rtol=1e-5)
+
+
 def test_wrong_arguments_are_named():
     x = torch.randn(1, 20, 2, 4)
     labels, centroids = torch.zeros(1, 2, 20, dtype=torch.int32), torch.zeros(1, 2, 3, 4)
+    counts = torch.ones(1, 2, 3, dtype=torch.int32)
     half: dict[str, Any] = dict(num_clusters=2.5)
     wrong = [
         (lambda: cluster(x[0], 3, iterations=1), "`x` must be floating point"),
@@ -258,6 +319,13 @@ def test_wrong_arguments_are_named():
         (lambda: update_centroids(x, labels, 4, centroids), r"`previous` must be .* \[1, 2, 4, 4\]"),
         (lambda: order_by_label(labels.long(), 3), "`labels` must be int32"),
         (lambda: order_by_label(labels - 1, 3), "`labels` must be in 0 .. 2, got -1 to -1"),
+        (
+            lambda: score_tiles(x, labels, centroids, counts, 24),
+            "`tile_size` must be a power of two of at least 16, got 24",
+        ),
+        (lambda: score_tiles(x, labels, centroids, counts, 16, shift=-1), "`shift` must be .* at least 0, got -1"),
+        (lambda: score_tiles(x, labels.long(), centroids, counts, 16), "`order` must be int32"),
+        (lambda: score_tiles(x, labels, centroids, counts[..., 1:], 16), r"`counts` must be \[1, 2, 3\]"),
     ]
     for call, message in wrong:
         with pytest.raises(ValueError, match=message):
@@ -283,7 +351,7 @@ def test_configurations_fit(capability, head_dim):
 INTERPRETED = """
 import itertools
 import torch
-from vidsparse_kernels.clustering import assign_clusters, cluster, order_by_label, update_centroids
+from vidsparse_kernels.clustering import arrange_clusters, assign_clusters, cluster, order_by_label, score_tiles, update_centroids
 from vidsparse_kernels.clustering.assign import triton_assign
 from vidsparse_kernels.clustering.configs import AssignConfig, SortConfig, UpdateConfig
 from vidsparse_kernels.clustering.sort import triton_order
@@ -330,6 +398,14 @@ for batch, seq_len, heads, head_dim, count, dtype, contiguous in cases:
     ours, theirs = (cluster(x, count, iterations=1, centroids=centroids, backend=b) for b in ("triton", "reference"))
     for name in ("labels", "counts", "order", "ranks", "offsets"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+tokens = torch.randn(2, 300, 3, 40)
+queries, keys = (cluster(y, 9, iterations=1, backend="reference") for y in (tokens, tokens.flip(1)))
+keys.counts[:, 0, 3] = 0
+ours, theirs = (arrange_clusters(queries, backend=b) for b in ("triton", "reference"))
+for name in ("labels", "centroids", "counts", "order", "ranks", "offsets"):
+    assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+scores = [score_tiles(tokens, ours.order, keys.centroids, keys.counts, 64, shift=100, backend=b) for b in ("triton", "reference")]
+torch.testing.assert_close(*scores, atol=1e-5, rtol=1e-5)
 broken = x.clone()
 broken[0, 0] = torch.nan
 broken[0, 1] = torch.inf
@@ -343,7 +419,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vidsparse_kernels.clustering import sort, update
+from vidsparse_kernels.clustering import arrange, sort, update
 from vidsparse_kernels.clustering.assign import assign_kernel, prepare_kernel
 from vidsparse_kernels.clustering.configs import SortConfig, UpdateConfig, assign_config
 
@@ -351,7 +427,8 @@ capability, shared_memory = int(sys.argv[1]), int(sys.argv[2])
 pointers = dict(
     centroids_ptr="*fp32", rounded_ptr="*bf16", bias_ptr="*fp32", labels_ptr="*i32", histograms_ptr="*i32",
     counts_ptr="*i32", offsets_ptr="*i32", chunk_ends_ptr="*i32", order_ptr="*i32", ranks_ptr="*i32", x_ptr="*bf16",
-    sums_ptr="*fp32", previous_ptr="*fp32")
+    sums_ptr="*fp32", previous_ptr="*fp32", distances_ptr="*fp32", starts_ptr="*i64", means_ptr="*fp32",
+    scores_ptr="*fp32", sizes_ptr="*i32", shares_ptr="*fp32")
 
 def compiled(kernel, constants, num_warps=4, num_stages=3, **special):
     signature, attributes = {}, {}
@@ -385,6 +462,9 @@ default = UpdateConfig()
 sums = dict(HEAD_DIM=128, BLOCK_D=128, BINS=1024, CHUNK=default.chunk, ROWS=default.rows, x_stride_d=1)
 print("v4" in compiled(update.chunk_sum_kernel, sums, default.num_warps).asm["ptx"])
 compiled(update.mean_kernel, dict(HEAD_DIM=128, BLOCK_D=128, ROWS=16))
+compiled(arrange.tour_kernel, dict(BLOCK=1024), order_ptr="*i64")
+compiled(arrange.part_means_kernel, dict(HEAD_DIM=128, BLOCK_D=128, PART=32, ROWS=16, x_stride_d=1))
+compiled(arrange.mean_shares_kernel, dict(PART=32, PARTS=4, BLOCK=1024))
 """
 
 

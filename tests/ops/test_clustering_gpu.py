@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from vidsparse_kernels.clustering import assign_clusters, cluster, order_by_label, update_centroids
+from vidsparse_kernels.clustering import (
+    arrange_clusters,
+    assign_clusters,
+    cluster,
+    order_by_label,
+    score_tiles,
+    update_centroids,
+)
 from vidsparse_kernels.clustering.assign import triton_assign
 from vidsparse_kernels.clustering.configs import AssignConfig
 from vidsparse_kernels.permutation import permute_tokens, unpermute_tokens
@@ -179,6 +186,30 @@ def test_no_wait_for_the_device_and_graph_capture():
     for name in FIELDS:
         assert torch.equal(getattr(captured, name), getattr(warm, name)), name
     assert torch.equal(moved, x)
+
+
+@pytest.mark.parametrize("count", [1, 300, 1000])
+def test_arranged_clusters_and_scores_of_tiles(count):
+    x, y, _ = make_qkv(
+        batch=2, seq_len_q=5003, seq_len_kv=4001, num_heads=3, head_dim=64, dtype=torch.bfloat16, device="cuda"
+    )
+    queries, keys = cluster(x, count, iterations=2), cluster(y, count, iterations=2)
+    keys.counts[:, 0, 0] = 0
+    poison()
+    ours, theirs = (arrange_clusters(queries, backend=backend) for backend in ("triton", "reference"))
+    for name in FIELDS:
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        arrange_clusters(queries)
+        scores = score_tiles(x, ours.order, keys.centroids, keys.counts, 128, shift=77)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    truth = score_tiles(
+        x.double(), ours.order, keys.centroids.double(), keys.counts, 128, shift=77, backend="reference"
+    )
+    torch.testing.assert_close(scores.double(), truth, atol=1e-4, rtol=1e-4)
 
 
 def test_beyond_int32():

@@ -34,6 +34,9 @@ class SemanticConfig:
         min_share: least share of the key clusters of a row, in [0, 1]; default 0.1.
         first_iterations: k-means iterations in the first sparse step, default 20 (the authors use 50).
         step_iterations: iterations in later steps, from the centroids kept, default 2.
+        query_tiles: choose key clusters for full tiles of queries, cut from their order by cluster wherever clusters end,
+            not for clusters of queries, whose last tiles are part empty. Tiles have 128 queries, fewer where a cluster has
+            fewer in the mean. Default None: no, as published.
         schedule: dense steps and layers; default a quarter of the steps and the first layer.
 
     Raises:
@@ -47,6 +50,7 @@ class SemanticConfig:
     min_share: float = 0.1
     first_iterations: int = 20
     step_iterations: int = 2
+    query_tiles: bool | None = None
     schedule: Schedule = field(default_factory=lambda: Schedule(dense_layers=1))
 
     LEAST_TOKENS: ClassVar[dict[str, int]] = {"q_clusters": 32, "k_clusters": 32}
@@ -64,6 +68,8 @@ class SemanticConfig:
         for name in ("density", "top_p"):
             if getattr(self, name) is not None:
                 check_share(name, getattr(self, name))
+        if self.query_tiles not in (None, True, False):
+            raise ConfigError(f"`query_tiles` must be True, False or None, got {self.query_tiles!r}.")
         if not is_number(self.min_share) or not 0 <= self.min_share <= 1:
             raise ConfigError(f"`min_share` must be in [0, 1], got {self.min_share!r}.")
 
@@ -81,6 +87,10 @@ class SemanticConfig:
             least = self.LEAST_TOKENS[name]
             found.append(min(published, max(1, tokens // least)) if count is None else count)
         return found[0], found[1]
+
+    def tiles_queries(self, tokens: int) -> bool:
+        """Whether rows of the mask are full tiles of queries, for so many video tokens."""
+        return bool(self.query_tiles)
 
     @property
     def share(self) -> float | None:
@@ -131,13 +141,16 @@ class SemanticProcessor(SparseProcessor):
     def parts(self, layout: TokenLayout, device: Any) -> tuple[Parts, str | None]:
         from vidsparse.break_even import CLUSTER_CALL_SECONDS, CLUSTER_OVERHEAD, PADDING_TOKENS
         from vidsparse.parts import Parts
-        from vidsparse.selection.clusters import Clustering, ClusterSelector
+        from vidsparse.selection.clusters import Clustering, ClusterSelector, query_tile
 
         config = self.config
         q_clusters, k_clusters = config.clusters(layout.grid.num_tokens)
         clustering = Clustering(q_clusters, k_clusters, config.first_iterations, config.step_iterations)
-        selector = ClusterSelector(layout, clustering, config.mass, config.min_share, config.share)
+        tiles = config.tiles_queries(layout.grid.num_tokens)
+        selector = ClusterSelector(layout, clustering, config.mass, config.min_share, config.share, tiles)
         note = f"{q_clusters} clusters of queries and {k_clusters} of keys in each head, for grid {layout.grid}"
+        if tiles:
+            note += f"; full tiles of {query_tile(layout.grid.num_tokens, q_clusters)} queries"
         density = config.share
         overhead = CLUSTER_OVERHEAD * (q_clusters + k_clusters) / layout.grid.num_tokens
         factor = 1 + PADDING_TOKENS * k_clusters / layout.grid.num_tokens

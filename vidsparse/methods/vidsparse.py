@@ -25,6 +25,7 @@ class VidsparseConfig(SemanticConfig):
     Attributes:
         k_clusters: clusters of the keys, at most one per token; default None: 1000, lowered to at most a 16th of the tokens.
         density: the share of the key clusters that every row takes, in (0, 1]; default 0.15 unless `top_p` is given.
+        query_tiles: default None: where a cluster has at least 160 queries in the mean.
         first_order: add the tail's first-order term, default True.
 
     Raises:
@@ -41,6 +42,12 @@ class VidsparseConfig(SemanticConfig):
         if not isinstance(self.first_order, bool):
             raise ConfigError(f"`first_order` must be True or False, got {self.first_order!r}.")
 
+    def tiles_queries(self, tokens: int) -> bool:
+        """Whether rows of the mask are full tiles of queries, for so many video tokens."""
+        if self.query_tiles is None:
+            return tokens >= TILED_CLUSTER * self.clusters(tokens)[0]
+        return self.query_tiles
+
     @property
     def share(self) -> float | None:
         """The density in force: 0.15, less than clusters without a tail need."""
@@ -50,6 +57,10 @@ class VidsparseConfig(SemanticConfig):
     def mass(self) -> float | None:
         """The `top_p` in force."""
         return self.top_p
+
+
+TILED_CLUSTER = 160
+"""Mean queries of a cluster from which full tiles of 128 are better than clusters in equal time: `docs/methods.md`."""
 
 
 class VidsparseProcessor(SemanticProcessor):

@@ -34,8 +34,8 @@ class Clustering:
     def run(
         self, query: torch.Tensor, key: torch.Tensor, layout: TokenLayout, context: AttentionContext
     ) -> tuple[Clusters, Clusters]:
-        """Clusters of the video tokens of query and of key; centroids stay in the layer's memory."""
-        from vidsparse_kernels import cluster
+        """Clusters of the video tokens of query and of key, neighbours alike; centroids stay in the layer's memory."""
+        from vidsparse_kernels import arrange_clusters, cluster
 
         memory = context.memory
         kept = None if memory is None else memory.get("centroids")
@@ -45,7 +45,9 @@ class Clustering:
             video = x[:, start : start + layout.grid.num_tokens]
             iterations = self.first_iterations if kept is None else self.step_iterations
             centroids = None if kept is None else kept[index]
-            found.append(cluster(video, min(count, video.shape[1]), iterations=iterations, centroids=centroids))
+            clusters = cluster(video, min(count, video.shape[1]), iterations=iterations, centroids=centroids)
+            # Later steps keep the numbers with the centroids.
+            found.append(arrange_clusters(clusters) if centroids is None else clusters)
         q, k = found
         if memory is not None:
             memory.keep("centroids", (q.centroids, k.centroids), [q.centroids, k.centroids])
@@ -59,12 +61,17 @@ class ClusterSelector:
     With centroids q_i and k_j and sizes n_j, cluster j has the share n_j exp(q_i . k_j / sqrt(d)) of row i; clusters
     are taken by falling share up to and including the one that crosses `top_p`. Text is dense.
 
+    With `query_tiles` a row is a full tile of queries in place of a cluster: queries stand in the order of their clusters,
+    which is cut every so many queries, wherever clusters end. The share of a tile is the mean over its quarters, each by
+    its own mean (`score_tiles`). Tiles that hold text are dense.
+
     Attributes:
         layout: the tokens.
         clustering: how the clusters are found.
         top_p: share of the mass, in (0, 1]; or None.
         min_share: least share of the key clusters that every row takes, in [0, 1].
         density: in place of `top_p`, the share of the key clusters that every row takes.
+        query_tiles: whether rows are full tiles of queries.
     """
 
     layout: TokenLayout
@@ -72,24 +79,40 @@ class ClusterSelector:
     top_p: float | None
     min_share: float
     density: float | None = None
+    query_tiles: bool = False
 
     def select(self, query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> Selection:
-        from vidsparse_kernels import BlockMask, score_blocks, select_block_lists
+        from vidsparse_kernels import BlockMask, score_blocks, score_tiles, select_block_lists
 
         layout = self.layout
         q, k = self.clustering.run(query, key, layout, context)
-        scores = score_blocks(q.centroids, k.centroids)
         before, after = int(layout.text_before > 0), int(layout.text_after > 0)
+        q_size, kv_size = block_sizes(layout.seq_len)
+        if self.query_tiles:
+            q_size, q_offsets = query_tile(layout.grid.num_tokens, self.clustering.q_clusters), None
+            end = layout.text_before + layout.grid.num_tokens
+            video = query[:, layout.text_before : end]
+            scores = score_tiles(video, q.order, k.centroids, k.counts, q_size, shift=layout.text_before)
+            # Tiles that hold text are rows of text.
+            first, last, rows = -(-layout.text_before // q_size), end // q_size, -(-layout.seq_len // q_size)
+            text_before, text_after = slice(first), slice(last if after else rows, None)
+            scores = torch.nn.functional.pad(scores, (before, after, 0, rows - scores.shape[2]), value=-torch.inf)
+        else:
+            if layout.grid.num_tokens < 128 * self.clustering.q_clusters:
+                q_size = min(q_size, 64)
+            q_offsets = self._offsets(q.offsets)
+            scores = score_blocks(q.centroids, k.centroids)
+            text_before, text_after = slice(before), slice(scores.shape[2] + before, None)
+            scores = torch.nn.functional.pad(scores, (before, after, before, after), value=-torch.inf)
         # Text is a block of its own on either side: no mass of the softmax, but in every row, and every row's equal.
-        scores = torch.nn.functional.pad(scores, (before, after, before, after), value=-torch.inf)
         forced = None
         if before or after:
-            rows, columns = scores.shape[2:]
-            forced = torch.zeros(1, 1, rows, columns, dtype=torch.bool, device=scores.device)
-            for index in [0] * before + [-1] * after:
+            forced = torch.zeros(1, 1, *scores.shape[2:], dtype=torch.bool, device=scores.device)
+            for index in (text_before, text_after):
                 forced[:, :, index] = True
+            for index in [0] * before + [-1] * after:
                 forced[:, :, :, index] = True
-        q_offsets, kv_offsets = (self._offsets(x.offsets) for x in (q, k))
+        kv_offsets = self._offsets(k.offsets)
         clusters = k.offsets.shape[-1] - 1
         least = max(1, int(self.min_share * clusters)) + before + after
         lists = select_block_lists(
@@ -100,9 +123,6 @@ class ClusterSelector:
             forced=forced,
             kv_block_sizes=kv_offsets.diff(dim=-1),
         )
-        q_size, kv_size = block_sizes(layout.seq_len)
-        if layout.grid.num_tokens < 128 * self.clustering.q_clusters:
-            q_size = min(q_size, 64)
         mask = BlockMask(*lists, query.shape[1], key.shape[1], q_size, kv_size, q_offsets, kv_offsets)
         return Selection(mask, q.order, k.order, layout.text_before, layout.text_after)
 
@@ -115,3 +135,11 @@ class ClusterSelector:
         if layout.text_after:
             offsets = torch.nn.functional.pad(offsets, (0, 1), value=layout.seq_len)
         return offsets.contiguous()
+
+
+def query_tile(tokens: int, q_clusters: int) -> int:
+    """Queries of a full tile: 128, or fewer where a cluster has fewer in the mean, but 16 at least."""
+    size = 128
+    while size > 16 and tokens < size * q_clusters:
+        size //= 2
+    return size

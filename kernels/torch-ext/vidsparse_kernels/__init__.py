@@ -11,7 +11,15 @@ from .block_sparse_attention import (
     select_backend,
 )
 from .block_sparse_attention.convert import from_flex_block_mask, to_flash4_block_sparse, to_flex_block_mask
-from .clustering import Clusters, assign_clusters, cluster, order_by_label, update_centroids
+from .clustering import (
+    Clusters,
+    arrange_clusters,
+    assign_clusters,
+    cluster,
+    order_by_label,
+    score_tiles,
+    update_centroids,
+)
 from .errors import UnsupportedBackendError
 from .linear_branch import add_linear_branch, linear_branch
 from .permutation import permute_tokens, unpermute_tokens
@@ -32,6 +40,7 @@ __all__ = [
     "Pools",
     "UnsupportedBackendError",
     "add_linear_branch",
+    "arrange_clusters",
     "assign_clusters",
     "available_backends",
     "block_sparse_attention",
@@ -50,6 +59,7 @@ __all__ = [
     "qk_norm_rope_pair",
     "sampled_error",
     "score_blocks",
+    "score_tiles",
     "select_backend",
     "select_backend_with_tail",
     "select_block_lists",

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from .api import assign_clusters, cluster, order_by_label, update_centroids
+from .api import arrange_clusters, assign_clusters, cluster, order_by_label, score_tiles, update_centroids
 from .clusters import Clusters
 
-__all__ = ["Clusters", "assign_clusters", "cluster", "order_by_label", "update_centroids"]
+__all__ = [
+    "Clusters",
+    "arrange_clusters",
+    "assign_clusters",
+    "cluster",
+    "order_by_label",
+    "score_tiles",
+    "update_centroids",
+]

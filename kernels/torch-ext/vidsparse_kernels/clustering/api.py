@@ -12,12 +12,24 @@ from ..autocast import without_autocast
 from ..permutation.backends import use_triton
 from .clusters import Clusters
 from .initialize import INITIALIZATIONS, frame_centroids, plus_plus_centroids, strided_centroids
-from .reference import assign_reference, compute_dtype, order_reference, update_reference
+from .reference import (
+    assign_reference,
+    compute_dtype,
+    mean_shares_reference,
+    order_reference,
+    part_means_reference,
+    tour_reference,
+    update_reference,
+)
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
 MAX_TRITON_CLUSTERS = 8191
 """A program of the sort holds a number for every cluster, and one more, in registers and shared memory."""
+MAX_DISTANCES = 1 << 26
+"""Distances between clusters held at once, 256 MB; a head with more of them has its own."""
+PARTS = 4
+"""Means that stand for the queries of a tile: twice as many change the error of attention by 1 %."""
 
 
 def assign_clusters(x: Tensor, centroids: Tensor, *, backend: str = "auto") -> Tensor:
@@ -193,6 +205,127 @@ def cluster(
                     ordered = order_reference(labels, num_clusters)
         assert labels is not None and counts is not None and ordered is not None
         return Clusters(labels, centroids, counts, *ordered)
+
+
+def arrange_clusters(clusters: Clusters, *, backend: str = "auto") -> Clusters:
+    """The same clusters, numbered so that neighbours are alike: each is followed by the nearest one that is left.
+
+    The first is the one farthest from the mean of the tokens, empty ones come last. The same input gives the same
+    numbers. Tiles that cut through the order of the tokens then span clusters that are alike, and clusters that are
+    listed together are neighbours more often.
+
+    Args:
+        clusters: any. The tour takes as many steps as a head has clusters, in one launch, so it is meant for a first step.
+        backend: "auto", "reference" or "triton".
+
+    Returns:
+        Clusters with every field renumbered.
+
+    Raises:
+        UnsupportedBackendError: the backend asked for cannot do this case.
+
+    Example:
+        >>> found = arrange_clusters(cluster(torch.randn(1, 300, 2, 32), 8, iterations=2))
+        >>> found.counts.sum(-1)
+        tensor([[300, 300]])
+    """
+    centroids = clusters.centroids
+    num_clusters = centroids.shape[2]
+    triton = use_triton(backend, centroids, _too_many(num_clusters))
+    with torch.no_grad(), without_autocast(centroids.device.type):
+        heads = max(1, MAX_DISTANCES // num_clusters**2)
+        chunks = []
+        for points, sizes in zip(
+            centroids.flatten(0, 1).float().split(heads), clusters.counts.flatten(0, 1).split(heads)
+        ):
+            empty = sizes == 0
+            weights = sizes[..., None] / sizes.sum(-1)[:, None, None]
+            # About the mean of the tokens, so that little is lost in the differences.
+            points = points.masked_fill(empty[..., None], 0.0)
+            points = points - (weights * points).sum(1, keepdim=True)
+            norms = points.square().sum(-1)
+            distances = norms[:, :, None] + norms[:, None] - 2 * points @ points.transpose(1, 2)
+            # Finite, so that the tour can tell them from clusters it has taken.
+            distances.nan_to_num_(3e38, 3e38).masked_fill_(empty[:, None], 3e38)
+            starts = norms.nan_to_num(0.0).masked_fill(empty, -1.0).argmax(-1)
+            if triton:
+                from .arrange import triton_tour
+
+                chunks.append(triton_tour(distances, starts))
+            else:
+                chunks.append(tour_reference(distances, starts))
+        tour = torch.cat(chunks).view(*centroids.shape[:3])
+        numbers = torch.arange(num_clusters, dtype=torch.int32, device=tour.device).expand_as(tour)
+        number = torch.empty_like(clusters.counts).scatter_(2, tour, numbers)
+        labels = number.gather(2, clusters.labels.long())
+        ordered = order_by_label(labels, num_clusters, backend=backend)
+        moved = centroids.gather(2, tour.unsqueeze(-1).expand_as(centroids))
+        return Clusters(labels, moved, clusters.counts.gather(2, tour), *ordered)
+
+
+def score_tiles(
+    x: Tensor,
+    order: Tensor,
+    centroids: Tensor,
+    counts: Tensor,
+    tile_size: int,
+    *,
+    shift: int = 0,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Scores of clusters of keys for tiles of queries that may span clusters of queries.
+
+    A tile counts as its quarters, each by its mean: a score is the log of the mean of their softmax shares of a cluster,
+    less the log of the cluster's size. The mean of all its queries would stand for none of them where the tile spans
+    two clusters.
+
+    Args:
+        x: queries `[batch, seq_len, num_heads, head_dim]`, any strides.
+        order: int32 `[batch, num_heads, seq_len]`: position p takes token order[p].
+        centroids: of the keys, `[batch, num_kv_heads, clusters, head_dim]`; num_heads is a multiple of num_kv_heads.
+        counts: int32 `[batch, num_kv_heads, clusters]`: their tokens.
+        tile_size: queries of a tile, a power of two of at least 16.
+        shift: positions before the first, which belong to the first tiles: text.
+        scale: factor on query . key, default 1 / sqrt(head_dim).
+        backend: "auto", "reference" or "triton".
+
+    Returns:
+        fp32 (fp64 for fp64 queries) `[batch, num_heads, ceil((shift + seq_len) / tile_size), clusters]`, natural-log
+        units; -inf for empty clusters and in tiles before the first token. With the sizes of the clusters these are what
+        `select_block_lists` takes. Not differentiable.
+
+    Raises:
+        ValueError: a shape, dtype or value does not fit.
+        UnsupportedBackendError: the backend asked for cannot do this case.
+    """
+    from ..block_selection import score_blocks
+
+    _check_tokens(x)
+    _check_whole("tile_size", tile_size)
+    if tile_size < 16 or tile_size & (tile_size - 1):
+        raise ValueError(f"`tile_size` must be a power of two of at least 16, got {tile_size}.")
+    if not isinstance(shift, Integral) or shift < 0:
+        raise ValueError(f"`shift` must be a whole number of at least 0, got {shift!r}.")
+    batch, seq_len, num_heads, _ = x.shape
+    if tuple(order.shape) != (batch, num_heads, seq_len) or order.dtype != torch.int32:
+        raise ValueError(
+            f"`order` must be int32 [{batch}, {num_heads}, {seq_len}], got {order.dtype} {tuple(order.shape)}."
+        )
+    if counts.shape != centroids.shape[:3]:
+        raise ValueError(f"`counts` must be {list(centroids.shape[:3])} as `centroids`, got {tuple(counts.shape)}.")
+    part = tile_size // PARTS
+    num_tiles, num_parts = (-(-(shift + seq_len) // size) for size in (tile_size, part))
+    triton = use_triton(backend, x, _obstacle(x, centroids.shape[2]))
+    with torch.no_grad(), without_autocast(x.device.type):
+        if triton:
+            from .arrange import triton_mean_shares, triton_part_means
+
+            scores = score_blocks(triton_part_means(x, order, part, shift, num_parts), centroids, scale)
+            return triton_mean_shares(scores, counts, seq_len, part, PARTS, shift, num_tiles)
+        means = part_means_reference(x, order, part, shift, num_parts)
+        scores = score_blocks(means, centroids.to(means.dtype), scale)
+        return mean_shares_reference(scores, counts, seq_len, part, PARTS, shift, num_tiles)
 
 
 def _first_centroids(
