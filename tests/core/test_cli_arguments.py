@@ -167,6 +167,8 @@ def test_sentences_under_the_table() -> None:
         "note: a thing",
     ]
     assert sentences({**numbers, "dense_calls": {"warm-up step": 6, "dense layer": 2}}) == wanted
+    on_hopper = {**numbers, "dense_calls": {"warm-up step": 6}, "dense_kernels": {"hopper": 6}}
+    assert sentences(on_hopper)[1] == "dense: 6 (warm-up step); 6 of them on hopper"
     none = {"num_calls": 4, "num_sparse_calls": 0, "sparse_density": None, "notes": [], "dense_calls": {"x": 4}}
     assert sentences(none) == ["sparse: 0 of 4 attention calls", "dense: 4 (x)"]
 

@@ -90,7 +90,8 @@ def sentences(report: dict[str, Any]) -> list[str]:
     calls, sparse, density = report["num_calls"], report["num_sparse_calls"], report["sparse_density"]
     lines = [f"sparse: {sparse} of {calls} attention calls" + ("" if not sparse else f", density {density:.2f}")]
     if report["dense_calls"]:
-        kernels = "".join(f"; {count} of them on {name}" for name, count in report["dense_kernels"].items())
+        # Reports saved before dense calls had kernels of ours have none.
+        kernels = "".join(f"; {count} of them on {name}" for name, count in report.get("dense_kernels", {}).items())
         reasons = ", ".join(f"{count} ({reason})" for reason, count in report["dense_calls"].items())
         lines.append(f"dense: {reasons}{kernels}")
     return lines + guard_lines(report) + [f"note: {note}" for note in report["notes"]]
