@@ -173,6 +173,7 @@ def over_blocks(
     scale: float | None,
     backend: str,
 ) -> torch.Tensor:
+    """Attention over the blocks of a mask, as one operator under torch.compile; arguments as for `sparse_attention`."""
     query, key, value = in_autocast(query, key, value)
     if torch.compiler.is_compiling():
         from vidsparse.ops import block_sparse_attention_op

@@ -126,7 +126,7 @@ def forecast(
         notes.append(f"{note}.")
     dtype = torch.bfloat16 if itemsize == 2 else torch.float32
     heads = (shape.num_heads, shape.head_dim)
-    ours = rates.is_hopper and not shape.facts.masked
+    ours = rates.is_hopper and dtype == torch.bfloat16 and not shape.facts.masked
     plan = processor.plan(grid, steps, shape.num_layers, rates.device_type, dtype, heads, ours)
     call = CallShape(1, shape.num_heads, layout.seq_len, shape.head_dim)
     density = parts.block_mask.density if parts.block_mask is not None else parts.density

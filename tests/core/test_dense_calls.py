@@ -16,7 +16,7 @@ import vidsparse
 from vidsparse import Recipe
 from vidsparse.break_even import CallShape, every_block_cost
 from vidsparse.errors import ConfigError
-from vidsparse.methods import DenseProcessor, PooledProcessor
+from vidsparse.methods import DenseProcessor, PooledProcessor, processor_class
 from vidsparse.processors import binding, delegate, dense_calls
 from vidsparse.processors.dense_calls import DenseChoice, EveryBlock, choose_dense, every_block
 from vidsparse.report import Report
@@ -174,8 +174,30 @@ def test_a_chosen_backend_stays(build_pipeline: Callable, generate: Callable, st
     pipe.transformer.set_attention_backend("native")
     handle = vidsparse.apply(pipe, "dense", dense_backend="auto")
     generate(pipe)
-    assert {(r.backend, r.backend_reason) for r in handle.report().rows} == {("dense", dense_calls.OF_THE_CALL)}
-    assert no_sdpa.count(320) == handle.report().num_calls
+    assert {(r.backend, r.backend_reason) for r in handle.report().rows} == {("dense", dense_calls.CHOSEN)}
+    assert no_sdpa.count(320) == handle.report().num_calls and not stand_in
+    pipe.transformer.reset_attention_backend()
+    generate(pipe)
+    assert {row.backend for row in handle.report().rows} == {"dense on hopper"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "ours"), [("LTX-Video", True), ("HunyuanVideo", False)])
+def test_a_sparse_call_has_to_beat_ours_where_no_mask_reaches_attention(
+    name: str, ours: bool, stand_in: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LTX gives the mask of its text to an attention of its own, HunyuanVideo to that of the video."""
+    case = CASES[name]
+    torch.manual_seed(0)
+    model, costs = case.build().eval(), []
+    processor = PooledProcessor(warmup_steps=0)
+    monkeypatch.setattr(PooledProcessor, "slow_reason", lambda *args: costs.append(args[-1]))
+    model.set_attn_processor(processor)
+    given = case.inputs(1, torch.Generator().manual_seed(0))
+    if "encoder_attention_mask" not in given:
+        given["encoder_attention_mask"] = torch.ones(given["encoder_hidden_states"].shape[:2])
+    model(**given, return_dict=False)
+    assert costs == [0.7 if ours else 1.0]
 
 
 def test_skipped_scores_reach_torch(build_transformer: Callable, forward: Callable, stand_in: list) -> None:
@@ -206,6 +228,18 @@ def test_a_slow_sparse_call_is_judged_against_the_faster_dense_one() -> None:
     assert processor.dense_cost(shape, False) == processor.dense_cost(CallShape(1, 12, 1024, 128), True) == 1
     assert PooledProcessor(dense_backend="stock").dense_cost(shape, True) == 1
     assert DenseProcessor().dense_cost(shape, True) == 1
+
+
+def test_a_plan_counts_on_our_kernel_in_bf16_only() -> None:
+    """A call between our kernel's dense time and torch's: most blocks of 32,760 tokens, and a tail."""
+    processor = processor_class("pisa")(density=0.85, warmup_steps=0, dense_layers=0)
+
+    def runs_sparse(dtype: torch.dtype, is_hopper: bool) -> bool:
+        plan = processor.plan(vidsparse.LatentGrid(21, 30, 52), 1, 1, "cuda", dtype, (12, 128), is_hopper)
+        return plan.mean_density < 1
+
+    assert runs_sparse(torch.bfloat16, False) and runs_sparse(torch.float16, True)
+    assert not runs_sparse(torch.bfloat16, True)
 
 
 class Device:

@@ -468,8 +468,9 @@ def test_full_tiles_where_clusters_are_large_enough():
         for method, options, tiles in cases:
             parts, _ = processor_class(method)(**options).parts(layout, "cpu")
             assert isinstance(parts.selector, ClusterSelector) and parts.selector.query_tiles == tiles
-    with pytest.raises(ConfigError, match="`query_tiles` must be True, False or None, got 2"):
-        processor_class("semantic")(query_tiles=2)
+    for value in (2, 1, "true"):
+        with pytest.raises(ConfigError, match="`query_tiles` must be True, False or None, got "):
+            processor_class("semantic")(query_tiles=value)
 
 
 def test_settings_of_a_method_made_of_another_are_described():

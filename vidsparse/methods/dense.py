@@ -1,4 +1,4 @@
-"""Dense attention as a method: the family's own attention (or our kernel, if asked for), with the same report and schedule as the sparse ones."""
+"""Dense attention as a method, with the report of the sparse ones: the model's own attention, or our kernel if asked for."""
 
 from __future__ import annotations
 

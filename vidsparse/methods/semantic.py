@@ -68,7 +68,7 @@ class SemanticConfig:
         for name in ("density", "top_p"):
             if getattr(self, name) is not None:
                 check_share(name, getattr(self, name))
-        if self.query_tiles not in (None, True, False):
+        if self.query_tiles is not None and not isinstance(self.query_tiles, bool):
             raise ConfigError(f"`query_tiles` must be True, False or None, got {self.query_tiles!r}.")
         if not is_number(self.min_share) or not 0 <= self.min_share <= 1:
             raise ConfigError(f"`min_share` must be in [0, 1], got {self.min_share!r}.")

@@ -207,6 +207,7 @@ class SparseProcessor(ABC):
         Raises:
             ConfigError: a number is below 1.
         """
+        import torch
 
         for name, value in (("num_steps", num_steps), ("num_layers", num_layers)):
             if value < 1:
@@ -217,7 +218,8 @@ class SparseProcessor(ABC):
         num_heads, head_dim = heads or (1, 128)
         shape = CallShape(1, num_heads, layout.seq_len, head_dim)
         judged = not self.always_dense and (device_type == "cpu" or heads is not None)
-        cost = self.dense_cost(shape, is_hopper)
+        # In other dtypes dense calls stay with the model's own attention (`vidsparse.processors.dense_calls`).
+        cost = self.dense_cost(shape, is_hopper and dtype == torch.bfloat16)
         slow = judged and self.slow_reason(parts, shape, device_type, dtype, cost) is not None
         density = parts.block_mask.density if parts.block_mask is not None else parts.density
         if density is None:

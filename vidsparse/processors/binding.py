@@ -25,6 +25,7 @@ from vidsparse.parts import Parts, check_reuse, size_in_words
 from vidsparse.processors.base import SparseProcessor
 from vidsparse.processors.context import MAX_MASKS, AttentionContext, RunState
 from vidsparse.processors.dense_calls import (
+    CHOSEN,
     GRADIENTS,
     OF_THE_CALL,
     ON_KERNEL,
@@ -484,13 +485,17 @@ class Binding:
             forward.dense_reason = GRADIENTS
         elif getattr(self.layers[0], "_parallel_config", None) is not None:
             forward.dense_reason = PARALLEL
+        elif self.layers[0]._attention_backend is not None:
+            forward.dense_reason = CHOSEN
         else:
             dtype, device = _compute_dtype(hidden_states), hidden_states.device
             shapes = [self.call_shape(model, forward.batch, layout.seq_len) for layout in forward.layouts]
             chosen = [choose_dense(shape, dtype, device) for shape in shapes]
             forward.dense_reason = chosen[0].reason
-            # What has a mask over its text gives it to attention, which our kernel for dense calls does not take.
-            masked = any("mask" in name and x is not None for name, x in arguments.items())
+            # A mask over text that stands among the video's tokens reaches attention, and our kernel for dense calls takes
+            # none. Where text has an attention of its own, its mask does not matter here.
+            may_be = forward.layouts[0].text_len > 0 or self.family.key_mask is not None
+            masked = may_be and any("mask" in name and x is not None for name, x in arguments.items())
             forward.dense_cost = 1.0 if masked else chosen[0].cost
             forward.every_block = [each.blocks for each in chosen]
 
