@@ -54,9 +54,6 @@ BLOCK_M = 128
 """Queries per program, 64 for each warpgroup."""
 CONSUMER_REGISTERS = 240
 PRODUCER_REGISTERS = 24
-MAX_LATE_P = 64
-"""Up to this head_dim kernels with a running maximum round the weights once the product of the last ones has ended, not
-before: on an H200 with head_dim 64 that made 442 TFLOP/s of 409."""
 MAX_AHEAD = 64
 """Up to this head_dim the product of query and the next keys runs beside the softmax: on an H200 18 to 25 % more. Beyond,
 registers are short; with a bias or integers it has not been tried."""
@@ -153,34 +150,28 @@ def _thread_sums(weights, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def _tile_ahead(
-    i, tile_ahead, logits, acc, p, peak, parts, q, zeros, k_smem, v_smem, barriers,
-    key_scales, next_scale, row_scale, indices, qk_scale_log2,
-    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, QUANTIZED: gl.constexpr,
+    i, scores, acc, p, peak, parts, q, zeros, k_smem, v_smem, barriers, qk_scale_log2,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Softmax of tile `i`, whose logits are there, beside the products of the values before and of the keys after it."""
+    """Weights of tile `i`, whose scores are there, beside the products of the values before and of the keys after it."""
     _, _, k_full, k_empty, v_full, v_empty = barriers
     LOG: gl.constexpr = _log2(STAGES)
     ahead = (i + 1) & (STAGES - 1)
     before = (i - 1) & (STAGES - 1)
-    if QUANTIZED:
-        key_scale = next_scale
-        next_scale = _scale_of(key_scales, indices, tile_ahead, TILES)
-    else:
-        key_scale = 0.0
     mbarrier.wait(v_full.index(before), ((i - 1) >> LOG) & 1)
     v = v_smem.index(before).reshape([BLOCK_N, BLOCK_D])
     acc = warpgroup_mma(p, v, acc, is_async=True)
     mbarrier.wait(k_full.index(ahead), ((i + 1) >> LOG) & 1)
     k = k_smem.index(ahead).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
-    next_logits = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
-    weights = _weights(logits, peak, row_scale, key_scale, qk_scale_log2, QUANTIZED)
+    next_scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+    weights = gl.exp2(scores * qk_scale_log2 - peak[:, None])
     parts += _thread_sums(weights, BLOCK_N)
     next_p = gl.convert_layout(weights.to(p.dtype), p.type.layout)
-    acc, p, next_logits = warpgroup_mma_wait(0, deps=[acc, p, next_logits])
+    acc, p, next_scores = warpgroup_mma_wait(0, deps=[acc, p, next_scores])
     warpgroup_barrier()
     mbarrier.arrive(k_empty.index(ahead), count=1)
     mbarrier.arrive(v_empty.index(before), count=1)
-    return next_logits, acc, next_p, parts, next_scale
+    return next_scores, acc, next_p, parts
 
 
 @gluon.jit
@@ -245,8 +236,6 @@ def _attend(
         mass = gl.zeros([64], gl.float32, s_rows)
         row_scale = 0.0
         key_scale = 0.0
-        next_scale = 0.0
-        key_scales = key_scale_ptr
         if QUANTIZED:
             tokens = start_m + gl.arange(0, 64, s_rows)
             query_scales = query_scale_ptr + (batch.to(gl.int64) * num_heads + head) * seq_len_q
@@ -342,7 +331,7 @@ def _attend(
                     p = next_p
             elif AHEAD:
                 if num_tiles > 1:
-                    # The logits of a tile are there before the weights of the one before are used.
+                    # The scores of a tile are there before the weights of the one before are used.
                     stage = (base + 1) & (STAGES - 1)
                     mbarrier.wait(k_full.index(stage), ((base + 1) >> LOG) & 1)
                     k = k_smem.index(stage).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
@@ -351,30 +340,27 @@ def _attend(
                     warpgroup_barrier()
                     mbarrier.arrive(k_empty.index(stage), count=1)
                     last = base + num_tiles - 1
-                    # Two at a time, so that the two sets of logits change places without being copied.
+                    # Two at a time, so that the two sets of scores change places without being copied.
                     for pair in range(0, (num_tiles - 2) // 2):
                         i = base + 1 + 2 * pair
-                        scores, acc, p, parts, next_scale = _tile_ahead(
-                            i, last - i - 1, scores, acc, p, peak, parts, q, zeros, k_smem, v_smem, barriers,
-                            key_scales, next_scale, row_scale, indices, qk_scale_log2,
-                            BLOCK_N, BLOCK_D, STAGES, TILES, QUANTIZED,
+                        scores, acc, p, parts = _tile_ahead(
+                            i, scores, acc, p, peak, parts, q, zeros, k_smem, v_smem, barriers, qk_scale_log2,
+                            BLOCK_N, BLOCK_D, STAGES,
                         )  # fmt: skip
-                        scores, acc, p, parts, next_scale = _tile_ahead(
-                            i + 1, last - i - 2, scores, acc, p, peak, parts, q, zeros, k_smem, v_smem, barriers,
-                            key_scales, next_scale, row_scale, indices, qk_scale_log2,
-                            BLOCK_N, BLOCK_D, STAGES, TILES, QUANTIZED,
+                        scores, acc, p, parts = _tile_ahead(
+                            i + 1, scores, acc, p, peak, parts, q, zeros, k_smem, v_smem, barriers, qk_scale_log2,
+                            BLOCK_N, BLOCK_D, STAGES,
                         )  # fmt: skip
                     if (num_tiles & 1) == 1:
-                        scores, acc, p, parts, next_scale = _tile_ahead(
-                            last - 1, 0, scores, acc, p, peak, parts, q, zeros, k_smem, v_smem, barriers,
-                            key_scales, next_scale, row_scale, indices, qk_scale_log2,
-                            BLOCK_N, BLOCK_D, STAGES, TILES, QUANTIZED,
+                        scores, acc, p, parts = _tile_ahead(
+                            last - 1, scores, acc, p, peak, parts, q, zeros, k_smem, v_smem, barriers, qk_scale_log2,
+                            BLOCK_N, BLOCK_D, STAGES,
                         )  # fmt: skip
                     before = (last - 1) & (STAGES - 1)
                     mbarrier.wait(v_full.index(before), ((last - 1) >> LOG) & 1)
                     v = v_smem.index(before).reshape([BLOCK_N, BLOCK_D])
                     acc = warpgroup_mma(p, v, acc, is_async=True)
-                    weights = _weights(scores, peak, row_scale, next_scale, qk_scale_log2, QUANTIZED)
+                    weights = gl.exp2(scores * qk_scale_log2 - peak[:, None])
                     parts += _thread_sums(weights, BLOCK_N)
                     acc, p = warpgroup_mma_wait(0, deps=[acc, p])
                     warpgroup_barrier()

@@ -44,10 +44,12 @@ from .hopper import (
     MAX_AHEAD,
     PRODUCER_REGISTERS,
     _descriptor,
+    _log2,
+    _thread_sums,
     num_stages,
     tma_load,
 )
-from .hopper_schedule import warpgroup_barrier
+from .hopper_schedule import next_work, warpgroup_barrier
 from .runs import block_runs, query_tiles, tile_order
 
 # Later versions of Triton name this differently.
@@ -72,21 +74,12 @@ RUNTIME_INTEGERS = [
 """What Triton may not compile into the kernel, so that one compilation serves every shape."""
 
 
-@gluon.constexpr_function
-def _log2(power):
-    return power.bit_length() - 1
-
-
 @gluon.jit
 def _schedule(
     items, verdicts, ready, ended, lists, order_ptr, order_stride_b, order_stride_h, counter_ptr,
     num_heads, seq_len_q, num_q_tiles, num_work, Q_BLOCK: gl.constexpr,
 ):  # fmt: skip
-    """One warp: writes items into shared memory, at most two ahead of the warpgroups, until `num_work` are taken.
-
-    A warpgroup that has ended an item leaves a verdict, other than 0 where the item has to come again. As in
-    `hopper_schedule`, but what an item says is of lists of runs.
-    """
+    """The warp that hands out q tiles, as `schedule` of `hopper_schedule`, but what an item says is of lists of runs."""
     (
         own_blocks_ptr,
         own_tiles_ptr,
@@ -102,23 +95,7 @@ def _schedule(
     state = 1
     while state > 0:
         slot = turn & 1
-        mbarrier.wait(ended.index(slot), ((turn >> 1) & 1) ^ 1)
-        again = gl.sum(verdicts.index(slot * 2).load(one) | verdicts.index(slot * 2 + 1).load(one), 0)
-        work = 0
-        if again > 0:
-            work = gl.sum(items.index(slot).load(one), 0)
-        else:
-            work = gl.atomic_add(counter_ptr, 1, sem="relaxed")
-        if (work >= num_work) & (again == 0):
-            # The item before, which has not ended, may have to come again too.
-            other = slot ^ 1
-            mbarrier.wait(ended.index(other), ((turn - 1) >> 1) & 1)
-            again = gl.sum(verdicts.index(other * 2).load(one) | verdicts.index(other * 2 + 1).load(one), 0)
-            if again > 0:
-                work = gl.sum(items.index(other).load(one), 0)
-                verdicts.index(other * 2).store(gl.zeros([1], gl.int32, one))
-                verdicts.index(other * 2 + 1).store(gl.zeros([1], gl.int32, one))
-        state = gl.where(work < num_work, gl.where(again > 0, 2, 1), 0)
+        work, state = next_work(turn, items, verdicts, ended, counter_ptr, num_work)
         head = (work // num_q_tiles) % num_heads
         batch = work // num_q_tiles // num_heads
         place = gl.load(
@@ -311,12 +288,6 @@ def _masked(logits, valid, columns):
 
 
 @gluon.jit
-def _thread_sums(weights):
-    """`[64, 4]`: sums of `[64, KEYS]` within each of the four threads that share a row, without a word between them."""
-    return gl.sum(gl.sum(weights.reshape([64, KEYS // 8, 4, 2]), 3), 1)
-
-
-@gluon.jit
 def _keys(i, k_smem, barriers, BLOCK_D: gl.constexpr, STAGES: gl.constexpr):
     """The keys of tile `i`, once they are there."""
     LOG: gl.constexpr = _log2(STAGES)
@@ -349,7 +320,7 @@ def _next_tile(
     if masked:
         scores = _masked(scores, valid, columns)
     weights = gl.exp2(scores * qk_scale_log2 - peak[:, None])
-    parts += _thread_sums(weights)
+    parts += _thread_sums(weights, KEYS)
     next_p = gl.convert_layout(weights.to(p.dtype), p.type.layout)
     acc, p = warpgroup_mma_wait(0, deps=[acc, p])
     warpgroup_barrier()
@@ -368,7 +339,7 @@ def _tile_ahead(
     k = _keys(i + 1, k_smem, barriers, BLOCK_D, STAGES)
     next_scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
     weights = gl.exp2(scores * qk_scale_log2 - peak[:, None])
-    parts += _thread_sums(weights)
+    parts += _thread_sums(weights, KEYS)
     next_p = gl.convert_layout(weights.to(p.dtype), p.type.layout)
     acc, p, next_scores = warpgroup_mma_wait(0, deps=[acc, p, next_scores])
     warpgroup_barrier()
@@ -445,7 +416,7 @@ def _attend(
                 p = gl.convert_layout(weights.to(DTYPE), p_layout)
                 valid = _valid_words(words, 1, masked_tiles)
                 # [64, 4], what the threads that share a row have added up.
-                parts = _thread_sums(gl.zeros([64, KEYS], gl.float32, s_layout))
+                parts = _thread_sums(gl.zeros([64, KEYS], gl.float32, s_layout), KEYS)
                 if state > 1:
                     for i in range(base + 1, last + 1):
                         k = _keys(i, k_smem, barriers, BLOCK_D, STAGES)
@@ -505,7 +476,7 @@ def _attend(
                             v = _values(last - 1, v_smem, barriers, BLOCK_D, STAGES)
                             acc = warpgroup_mma(p, v, acc, is_async=True)
                             weights = gl.exp2(scores * qk_scale_log2 - peak[:, None])
-                            parts += _thread_sums(weights)
+                            parts += _thread_sums(weights, KEYS)
                             acc, p = warpgroup_mma_wait(0, deps=[acc, p])
                             warpgroup_barrier()
                             mbarrier.arrive(v_empty.index((last - 1) & (STAGES - 1)), count=1)
@@ -678,7 +649,10 @@ def packed_forward_hopper_kernel(
                 )),
             ],
             [4, 1, 1, 1, 1, 1],
-            [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
+            [
+                CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS,
+                PRODUCER_REGISTERS,
+            ],
         )  # fmt: skip
 
 
@@ -730,7 +704,8 @@ def packed_forward(
         launch(
             _descriptor(query, 64, block_d), *pieces,
             out, lse if lse is not None else runs.slots,
-            own_blocks, tiles, order, counter, runs.num_runs, runs.slots, runs.bodies, runs.sources, runs.valid.view(torch.int32),
+            own_blocks, tiles, order, counter, runs.num_runs, runs.slots, runs.bodies, runs.sources,
+            runs.valid.view(torch.int32),
             *out.stride()[:3], *_broadcast_strides(tiles, 2), *_broadcast_strides(order, 2),
             *_broadcast_strides(runs.slots, 2), runs.bodies.shape[3], runs.sources.shape[3],
             num_heads, num_heads // key.shape[2], seq_len_q, num_q_tiles, num_work, scale * LOG2_E,

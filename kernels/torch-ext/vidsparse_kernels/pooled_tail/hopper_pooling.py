@@ -27,7 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..block_sparse_attention.configs import padded_head_dim
 from ..block_sparse_attention.forward import _tma_can_read
-from ..block_sparse_attention.hopper import _descriptor, tma_load, warpgroup_barrier
+from ..block_sparse_attention.hopper import PRODUCER_REGISTERS, _descriptor, tma_load
+from ..block_sparse_attention.hopper_schedule import warpgroup_barrier
 
 MULTIPROCESSORS = 132
 """Of an H100 and an H200. A constant, so that sums are the same on every device."""
@@ -37,7 +38,6 @@ TOKENS = 128
 """Tokens of a tile. With 64, on an H200 at 75,600 tokens and 12 heads, 0.55 ms like the portable kernel; with 128 0.33."""
 STAGE_BYTES = 192 * 1024
 """Shared memory for tiles on their way."""
-PRODUCER_REGISTERS = 24
 RUNTIME_INTEGERS = ["num_pools", "num_blocks", "per_program", "num_splits", "seq_len", "block_size", "tiles"]
 """What Triton may not compile into the kernel, so that one compilation serves every shape."""
 
