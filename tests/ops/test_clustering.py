@@ -326,6 +326,7 @@ def test_wrong_arguments_are_named():
         (lambda: score_tiles(x, labels, centroids, counts, 16, shift=-1), "`shift` must be .* at least 0, got -1"),
         (lambda: score_tiles(x, labels.long(), centroids, counts, 16), "`order` must be int32"),
         (lambda: score_tiles(x, labels, centroids, counts[..., 1:], 16), r"`counts` must be \[1, 2, 3\]"),
+        (lambda: score_tiles(x, labels, centroids[..., 1:], counts, 16), r"`centroids` must be \[1, .*, 4\]"),
     ]
     for call, message in wrong:
         with pytest.raises(ValueError, match=message):
@@ -351,7 +352,8 @@ def test_configurations_fit(capability, head_dim):
 INTERPRETED = """
 import itertools
 import torch
-from vidsparse_kernels.clustering import arrange_clusters, assign_clusters, cluster, order_by_label, score_tiles, update_centroids
+from vidsparse_kernels.clustering import arrange_clusters, assign_clusters, cluster, order_by_label, score_tiles
+from vidsparse_kernels.clustering import update_centroids
 from vidsparse_kernels.clustering.assign import triton_assign
 from vidsparse_kernels.clustering.configs import AssignConfig, SortConfig, UpdateConfig
 from vidsparse_kernels.clustering.sort import triton_order
@@ -404,7 +406,8 @@ keys.counts[:, 0, 3] = 0
 ours, theirs = (arrange_clusters(queries, backend=b) for b in ("triton", "reference"))
 for name in ("labels", "centroids", "counts", "order", "ranks", "offsets"):
     assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
-scores = [score_tiles(tokens, ours.order, keys.centroids, keys.counts, 64, shift=100, backend=b) for b in ("triton", "reference")]
+arguments = (tokens, ours.order, keys.centroids, keys.counts, 64)
+scores = [score_tiles(*arguments, shift=100, backend=b) for b in ("triton", "reference")]
 torch.testing.assert_close(*scores, atol=1e-5, rtol=1e-5)
 broken = x.clone()
 broken[0, 0] = torch.nan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import subprocess
@@ -127,6 +128,11 @@ def test_one_kernel_for_both_says_what_it_cannot_do():
     mask = make_block_mask(seq_len_q=128, q_block_size=128, kv_block_size=128)
     with pytest.raises(UnsupportedBackendError, match='backend "hopper_with_tail" needs a CUDA GPU; use backend="sep'):
         block_sparse_attention_with_tail(q, k, v, mask, backend="hopper_with_tail")
+    pools = pool_for_tail(k, v, mask)
+    assert pools.first_order is not None
+    pools = dataclasses.replace(pools, first_order=pools.first_order.requires_grad_())
+    with pytest.raises(UnsupportedBackendError, match="has no backward"):
+        block_sparse_attention_with_tail(q, k, v, mask, pools=pools, backend="hopper_with_tail")
     with pytest.raises(UnsupportedBackendError, match="has no backward"):
         block_sparse_attention_with_tail(q.requires_grad_(), k, v, mask, backend="hopper_with_tail")
     with pytest.raises(

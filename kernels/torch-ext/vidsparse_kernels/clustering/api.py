@@ -27,7 +27,7 @@ MAX_HEAD_DIM = 256
 MAX_TRITON_CLUSTERS = 8191
 """A program of the sort holds a number for every cluster, and one more, in registers and shared memory."""
 MAX_DISTANCES = 1 << 26
-"""Distances between clusters held at once, 256 MB; a head with more of them has its own."""
+"""Distances between clusters held at once, 256 MB: those of as many heads as fit, of one head at least."""
 PARTS = 4
 """Means that stand for the queries of a tile: twice as many change the error of attention by 1 %."""
 
@@ -215,7 +215,8 @@ def arrange_clusters(clusters: Clusters, *, backend: str = "auto") -> Clusters:
     listed together are neighbours more often.
 
     Args:
-        clusters: any. The tour takes as many steps as a head has clusters, in one launch, so it is meant for a first step.
+        clusters: any. The tour takes as many steps as a head has clusters, in one launch, so it is meant to be made once,
+            when the first centroids are found.
         backend: "auto", "reference" or "triton".
 
     Returns:
@@ -307,10 +308,15 @@ def score_tiles(
         raise ValueError(f"`tile_size` must be a power of two of at least 16, got {tile_size}.")
     if not isinstance(shift, Integral) or shift < 0:
         raise ValueError(f"`shift` must be a whole number of at least 0, got {shift!r}.")
-    batch, seq_len, num_heads, _ = x.shape
+    batch, seq_len, num_heads, head_dim = x.shape
     if tuple(order.shape) != (batch, num_heads, seq_len) or order.dtype != torch.int32:
         raise ValueError(
             f"`order` must be int32 [{batch}, {num_heads}, {seq_len}], got {order.dtype} {tuple(order.shape)}."
+        )
+    if centroids.ndim != 4 or centroids.shape[::3] != (batch, head_dim) or num_heads % max(1, centroids.shape[1]):
+        raise ValueError(
+            f"`centroids` must be [{batch}, num_kv_heads, clusters, {head_dim}] with a number of heads that divides "
+            f"{num_heads}, got {tuple(centroids.shape)}."
         )
     if counts.shape != centroids.shape[:3]:
         raise ValueError(f"`counts` must be {list(centroids.shape[:3])} as `centroids`, got {tuple(counts.shape)}.")

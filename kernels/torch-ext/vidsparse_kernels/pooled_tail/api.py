@@ -246,8 +246,8 @@ def block_sparse_attention_with_tail(
     scale = _checked_scale(query, key, value, block_mask, scale, first_order, pools)
     if backend not in ("auto", *BACKENDS_WITH_TAIL):
         raise ValueError(f'`backend` must be "auto" or one of {", ".join(BACKENDS_WITH_TAIL)}, got "{backend}".')
-    tensors = (query, key, value) if pools is None else (query, key, value, pools.keys, pools.values)
-    requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    requires_grad = requires_grad or pools is not None and _requires_grad(query, pools)
     if backend == "auto":
         backend, _ = select_backend_with_tail(query, key, value, block_mask, requires_grad=requires_grad)
     elif backend == "hopper_with_tail":

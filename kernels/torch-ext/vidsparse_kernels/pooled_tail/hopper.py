@@ -507,6 +507,6 @@ def unsupported(query: Tensor, key: Tensor, block_mask: BlockMask) -> str | None
     """Why this kernel cannot do a case, as the end of a sentence that starts with its name; None if it can."""
     if block_mask.variable:
         return "needs blocks of uniform size"
-    if query.shape[3] <= 64:
+    if not 64 < query.shape[3] <= 128:
         return f"supports head_dim from 65 to 128, got {query.shape[3]}"
     return sparse_unsupported(query, key, block_mask)
