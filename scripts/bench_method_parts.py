@@ -51,8 +51,9 @@ SHAPES = {
 HEAD_DIM = 128
 DEVICE = "cuda"
 METHODS = (
-    "vidsparse:density=0.15,vidsparse:density=0.15:step_iterations=1,vidsparse:density=0.25,semantic:density=0.25,random:density=0.25,pooled:density=0.25,"
-    "vidsparse:density=0.15:k_clusters=2000,radial:density=0.35,pisa:density=0.25,semantic:density=0.15,svg1:density=0.25,semantic:density=0.35,"
+    "vidsparse:density=0.15,vidsparse:density=0.15:step_iterations=1,vidsparse:density=0.25,semantic:density=0.25,"
+    "random:density=0.25,pooled:density=0.25,vidsparse:density=0.15:k_clusters=2000,radial:density=0.35,"
+    "pisa:density=0.25,semantic:density=0.15,svg1:density=0.25,semantic:density=0.35,"
     "vidsparse:density=0.35,pooled:density=0.15,pisa:density=0.15"
 )
 Tensors = tuple[Tensor, Tensor, Tensor]

@@ -75,8 +75,11 @@ def main() -> int:
         print(f"Wrong result, so no speed is reported: {error}", file=sys.stderr)
         return 1
     rows = [
-        row for shape in (QUICK_SHAPES if arguments.quick else SHAPES) for size in KV_BLOCK_SIZES for row in bench_shape(*shape, size, arguments)
-    ]  # fmt: skip
+        row
+        for shape in (QUICK_SHAPES if arguments.quick else SHAPES)
+        for size in KV_BLOCK_SIZES
+        for row in bench_shape(*shape, size, arguments)
+    ]
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")

@@ -210,14 +210,13 @@ def test_logits_that_grow_along_the_list(head_dim, num_q_blocks):
         )  # fmt: skip
         # Half of the queries turn away from the keys that grow.
         direction = torch.nn.functional.normalize(torch.randn(head_dim, device="cuda"), dim=0)
-        q = (q + 4 * direction * torch.where(torch.arange(1000, device="cuda") % 2 > 0, 1, -1)[:, None, None]).to(
-            dtype
-        )
+        side = torch.where(torch.arange(1000, device="cuda") % 2 > 0, 1, -1)[:, None, None]
+        q = (q + 4 * direction * side).to(dtype)
         growth = torch.linspace(0, 60 if head_dim == 64 else 120, 2100, device="cuda")
         k = (k + growth[:, None, None] * direction * 4).to(dtype)
         mask = make_variable_block_mask(
-            seq_len_q=1000, seq_len_kv=2100, num_q_blocks=num_q_blocks, num_kv_blocks=70, q_block_size=128, batch=2, num_heads=4,
-            offsets_heads=4, empty_rows=True, full_rows=True, device="cuda", seed=number,
+            seq_len_q=1000, seq_len_kv=2100, num_q_blocks=num_q_blocks, num_kv_blocks=70, q_block_size=128, batch=2,
+            num_heads=4, offsets_heads=4, empty_rows=True, full_rows=True, device="cuda", seed=number,
         )  # fmt: skip
         check(q, k, v, mask)
 
@@ -233,8 +232,8 @@ def test_large_logits(head_dim):
             device="cuda", seed=seed,
         )  # fmt: skip
         mask = make_variable_block_mask(
-            seq_len_q=700, seq_len_kv=900, num_q_blocks=None if seed % 2 else 6, num_kv_blocks=60, q_block_size=128, num_heads=3,
-            offsets_heads=3, empty_rows=True, full_rows=True, device="cuda", seed=seed,
+            seq_len_q=700, seq_len_kv=900, num_q_blocks=None if seed % 2 else 6, num_kv_blocks=60, q_block_size=128,
+            num_heads=3, offsets_heads=3, empty_rows=True, full_rows=True, device="cuda", seed=seed,
         )  # fmt: skip
         check(60 * q, k, v, mask)
 

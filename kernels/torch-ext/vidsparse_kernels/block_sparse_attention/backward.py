@@ -61,7 +61,8 @@ def block_sparse_backward_rows_kernel(
 ):  # fmt: skip
     """What the other kernels need per row: the LSE in base 2, and delta = rowsum(dO * O) - dLSE.
 
-    REFINE: only -dLSE, as the kernel of query adds the rest. Rows that attend to nothing or lie past the end get +inf and 0, which makes their probabilities 0 later on.
+    REFINE: only -dLSE, as the kernel of query adds the rest. Rows that attend to nothing or lie past the end get +inf and
+    0, which makes their probabilities 0 later on.
     """
     head = tl.program_id(1)
     batch = tl.program_id(2)
@@ -365,9 +366,9 @@ def block_sparse_backward_key_value_kernel(
     """Gradients of BLOCK_N keys and values of one kv head, over the q-blocks that list them in each head of its group.
 
     query, key, value, grad_out are pointers or descriptors; lse (base 2), delta and, where REFINE, inverse are
-    `[batch, heads, num_rows]`; grad_key and grad_value share their strides. MEMBERS is GROUP_SIZE, or 1: then each query head gets gradients of its
-    own. VARIABLE: own_blocks and own_tiles are the tiles of keys, counts and indices the lists of tiles of queries,
-    packed as in `tiles`.
+    `[batch, heads, num_rows]`; grad_key and grad_value share their strides. MEMBERS is GROUP_SIZE, or 1: then each query
+    head gets gradients of its own. VARIABLE: own_blocks and own_tiles are the tiles of keys, counts and indices the lists
+    of tiles of queries, packed as in `tiles`.
     """
     program = tl.program_id(0)
     num_owners = num_heads // MEMBERS

@@ -158,8 +158,8 @@ def _listed_tiles(indices_ptr, count, seq_len, BLOCK: tl.constexpr, TILE: tl.con
 
 @triton.jit
 def _attend(
-    acc, low, peak, mass, q, key, value, bias_ptr, batch, kv_head, start_n, end_n, voters, row_scale, key_scale_ptr, qk_scale_log2, skip_log2,
-    key_stride_s, key_stride_d, value_stride_s, value_stride_d,
+    acc, low, peak, mass, q, key, value, bias_ptr, batch, kv_head, start_n, end_n, voters, row_scale, key_scale_ptr,
+    qk_scale_log2, skip_log2, key_stride_s, key_stride_d, value_stride_s, value_stride_d,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr,
     DESCRIPTORS: tl.constexpr, RAGGED: tl.constexpr, SKIP: tl.constexpr, SCALE_BLOCK: tl.constexpr,
     REFINE: tl.constexpr, PRECISION: tl.constexpr,
