@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+import vidsparse
 import vidsparse_kernels
 from vidsparse.attention import attend, make_context
+from vidsparse.errors import DenseFallbackError
 from vidsparse.layout import LatentGrid, TokenLayout
+from vidsparse.processors.binding import BINDING
 from vidsparse.recipe import Recipe
 from vidsparse_kernels.testing import make_qkv
 
@@ -39,3 +42,15 @@ def test_both_in_one_call_is_named_and_gives_the_same(monkeypatch, first_order):
     for options in (dict(key_bias=bias), dict(backend="reference")):
         torch.testing.assert_close(attend(q, k, v, context, **options)[0], want)  # pyright: ignore[reportArgumentType]
     assert len(calls) == 1
+
+
+def test_both_in_one_call_is_no_slow_backend(build_transformer):
+    """A generation that must not be slow takes it, and the report says nothing of it."""
+    model = build_transformer()
+    handle = vidsparse.apply(model, "pisa", strict=True)
+    binding = vars(model)[BINDING]
+    for name in ("hopper_with_tail", "hopper", "triton"):
+        binding._check_fast(name, "as if", "cuda")
+    assert handle.report().notes == []
+    with pytest.raises(DenseFallbackError, match='slow backend "reference"'):
+        binding._check_fast("reference", "as if", "cuda")

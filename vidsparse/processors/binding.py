@@ -40,7 +40,7 @@ from vidsparse.processors.parallel import Shards, deal_heads, make_shards, may_d
 from vidsparse.report import Raised, Row
 from vidsparse.schedule import ASKED_FOR, GUARDED, METHOD_DENSE, UNKNOWN_STEP
 
-FAST_ON_CUDA = frozenset({"triton", "hopper", "flash4", "flex"})
+FAST_ON_CUDA = frozenset({"triton", "hopper", "hopper_with_tail", "flash4", "flex"})
 SCORES_SKIPPED = "attention scores skipped by perturbed-attention guidance"
 BINDING = "_vidsparse_binding"
 STOCK = "vidsparse_stock"
