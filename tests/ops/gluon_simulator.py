@@ -6,8 +6,9 @@ happens late here. A copy into shared memory leaves NaN until it arrives; a copy
 after; a product reads its operands when it is waited for. So a tile that is freed too early, a wait left out, a wrong
 phase or count gives NaN, a deadlock or an error instead of the right result.
 
-Not seen: the threads within one warpgroup (they are one here, so a barrier between them is not missed), layouts, registers,
-the size of shared memory, and what the compiler makes of it.
+Not seen: the threads within one warpgroup (they are one here, so a barrier between them is not missed), the order in which
+two copies to one place of a tensor arrive (waiting for copies out ends on a GPU when their sources have been read, here
+when they are done), layouts, registers, the size of shared memory, and what the compiler makes of it.
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ def _next_tile(
 @gluon.jit
 def _attend(
     consumer: gl.constexpr, out, lse_ptr, q_smem, k_smem, v_smem, h_smem, o_smem, barriers, items, verdicts, ready,
-    ended, lists, biases, num_heads, seq_len_q, seq_len_kv, num_q_tiles, num_mean_tiles, qk_scale_log2,
+    ended, biases, num_heads, seq_len_q, seq_len_kv, num_q_tiles, num_mean_tiles, qk_scale_log2,
     Q_BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     RAGGED_KV: gl.constexpr, FIRST_ORDER: gl.constexpr, STORE_LSE: gl.constexpr, LARGEST_MASS: gl.constexpr,
 ):  # fmt: skip
@@ -394,12 +394,12 @@ def block_sparse_forward_with_tail_kernel(
     gl.warp_specialize(
         [
             (_attend, (
-                0, out, lse_ptr, q_smem, k_smem, v_smem, h_smem, o_smem, barriers, items, verdicts, ready, ended, lists,
+                0, out, lse_ptr, q_smem, k_smem, v_smem, h_smem, o_smem, barriers, items, verdicts, ready, ended,
                 biases, num_heads, seq_len_q, seq_len_kv, num_q_tiles, num_mean_tiles, qk_scale_log2,
                 Q_BLOCK, BLOCK_N, BLOCK_D, STAGES, RAGGED_KV, FIRST_ORDER, STORE_LSE, LARGEST_MASS,
             )),
             (_attend, (
-                1, out, lse_ptr, q_smem, k_smem, v_smem, h_smem, o_smem, barriers, items, verdicts, ready, ended, lists,
+                1, out, lse_ptr, q_smem, k_smem, v_smem, h_smem, o_smem, barriers, items, verdicts, ready, ended,
                 biases, num_heads, seq_len_q, seq_len_kv, num_q_tiles, num_mean_tiles, qk_scale_log2,
                 Q_BLOCK, BLOCK_N, BLOCK_D, STAGES, RAGGED_KV, FIRST_ORDER, STORE_LSE, LARGEST_MASS,
             )),
