@@ -25,10 +25,12 @@ def test_json_says_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["problems"] == []
     assert found["packages"]["torch"] == torch.__version__
     # Every kernel has a reference that runs anywhere.
-    for op in (self_test.ATTENTION, f"{self_test.ATTENTION} gradients", *self_test.OPS):
+    for op in (self_test.ATTENTION, self_test.CLUSTERS, self_test.GRADIENTS, *self_test.OPS):
         assert outcome_of(found, op, "reference")["state"] == self_test.RUNS
-    hopper = outcome_of(found, self_test.ATTENTION, "hopper")
-    assert hopper["state"] == self_test.MISSING and "GPU" in hopper["reason"]
+    assert outcome_of(found, self_test.WITH_TAIL, "separate")["state"] == self_test.RUNS
+    for op in (self_test.ATTENTION, self_test.CLUSTERS, self_test.GRADIENTS, self_test.WITH_TAIL):
+        hopper = outcome_of(found, op, "hopper_with_tail" if op == self_test.WITH_TAIL else "hopper")
+        assert hopper["state"] == self_test.MISSING and hopper["reason"] == "needs a CUDA GPU"
     assert "WanTransformer3DModel" in found["families"]["Wan"]
     assert "radial" in found["methods"] and "dense" in found["methods"]
     assert sum(o["seconds"] for o in found["self_test"]) < 10
@@ -39,7 +41,7 @@ def test_a_wrong_kernel_is_found(capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.setattr(self_test, "linear_branch", lambda *args, **kwargs: real(*args, **kwargs) * 1.01)
     assert main(["doctor", "--device", "cpu"]) == BUG
     out = capsys.readouterr().out
-    assert "linear_branch                    reference  WRONG: the output is off by" in out
+    assert "linear_branch                    reference        WRONG: the output is off by" in out
     assert "1 problem(s):" in out and "All well" not in out
 
 
@@ -49,12 +51,13 @@ def swap_first(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-@pytest.mark.parametrize("op", [self_test.ATTENTION, *self_test.OPS])
+@pytest.mark.parametrize("op", [self_test.ATTENTION, self_test.CLUSTERS, self_test.WITH_TAIL, *self_test.OPS])
 def test_every_check_notices_an_error(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small error in the function under test, of the kind a broken kernel makes, is no pass."""
     names = {"block_selection": "pool_blocks", "clustering": "cluster", "permutation": "permute_tokens"}
-    names |= {"pooled_tail": "pooled_tail_attention"}
+    names |= {"pooled_tail": "pooled_tail_attention", self_test.CLUSTERS: self_test.ATTENTION}
     name = names.get(op, op)
+    backend = "separate" if op == self_test.WITH_TAIL else "reference"
     real = getattr(self_test, name)
 
     def broken(*args: object, **kwargs: object) -> object:
@@ -70,10 +73,10 @@ def test_every_check_notices_an_error(op: str, monkeypatch: pytest.MonkeyPatch) 
             return swap_first(out[0]), out[1]
         return swap_first(out)
 
-    self_test.CHECKS[op]("reference", torch.device("cpu"))
+    self_test.CHECKS[op](backend, torch.device("cpu"))
     monkeypatch.setattr(self_test, name, broken)
     with pytest.raises(AssertionError):
-        self_test.CHECKS[op]("reference", torch.device("cpu"))
+        self_test.CHECKS[op](backend, torch.device("cpu"))
 
 
 def test_a_kernel_that_fails_to_start_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:

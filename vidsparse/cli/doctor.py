@@ -181,7 +181,7 @@ def _print(found: dict[str, Any]) -> None:
     for outcome in found["self_test"]:
         state = outcome["state"]
         detail = f"{outcome['seconds']:.2f} s" if state == self_test.RUNS else outcome["reason"]
-        line(f"  {outcome['op']:32} {outcome['backend']:10} {state}: {detail}")
+        line(f"  {outcome['op']:32} {outcome['backend']:16} {state}: {detail}")
     families = [f"{name} (newer diffusers)" if not classes else name for name, classes in found["families"].items()]
     line(f"\nModel families: {', '.join(families)}")
     line(f"Methods: {', '.join(found['methods'])}")

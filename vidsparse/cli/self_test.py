@@ -16,6 +16,7 @@ from vidsparse_kernels import (
     BlockMask,
     UnsupportedBackendError,
     block_sparse_attention,
+    block_sparse_attention_with_tail,
     cluster,
     linear_branch,
     permute_tokens,
@@ -27,7 +28,13 @@ from vidsparse_kernels import (
     select_blocks,
     unpermute_tokens,
 )
-from vidsparse_kernels.testing import assert_close_to_oracle, make_block_mask, make_qkv, masked_attention_oracle
+from vidsparse_kernels.testing import (
+    assert_close_to_oracle,
+    make_block_mask,
+    make_qkv,
+    make_variable_block_mask,
+    masked_attention_oracle,
+)
 
 RUNS, MISSING, WRONG, LEFT_OUT = "runs", "no", "WRONG", "left out"
 SEQ_LEN = 300
@@ -35,10 +42,12 @@ TOLERANCE = 2e-3
 """Largest error relative to the largest value, for kernels in fp32."""
 
 ATTENTION = "block_sparse_attention"
+CLUSTERS, GRADIENTS, WITH_TAIL = f"{ATTENTION} clusters", f"{ATTENTION} gradients", f"{ATTENTION}_with_tail"
 OPS = (
     "block_selection", "clustering", "permutation", "pooled_tail", "linear_branch", "qk_norm_rope", "sampled_error"
 )  # fmt: skip
 OTHER_BACKENDS = ("reference", "triton")
+HOPPER_BACKENDS = (*OTHER_BACKENDS, "hopper")
 
 
 @dataclass(frozen=True)
@@ -83,14 +92,36 @@ def attention(backend: str, device: torch.device) -> None:
     assert_close_to_oracle(out, eager, truth)
 
 
+def attention_over_clusters(backend: str, device: torch.device) -> None:
+    """Blocks of any sizes on both sides, and of keys alone, as full tiles of queries have them."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    query, key, value = make_qkv(seq_len_q=SEQ_LEN, head_dim=128, dtype=dtype, device=device)
+    for num_q_blocks, size in ((5, 64), (None, 128)):
+        mask = make_variable_block_mask(
+            seq_len_q=SEQ_LEN,
+            num_q_blocks=num_q_blocks,
+            num_kv_blocks=12,
+            q_block_size=size,
+            full_rows=True,
+            device=device,
+        )
+        out = block_sparse_attention(query, key, value, mask, backend=backend)
+        eager, truth = (
+            masked_attention_oracle(query, key, value, mask, dtype=kind)[0] for kind in (dtype, torch.float64)
+        )
+        assert_close_to_oracle(out, eager, truth)
+
+
 def attention_backward(backend: str, device: torch.device) -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    tensors = [x.requires_grad_() for x in make_qkv(seq_len_q=SEQ_LEN, head_dim=64, dtype=dtype, device=device)]
+    # Below 65 the Hopper backend takes the portable kernels.
+    head_dim = 128 if backend == "hopper" else 64
+    tensors = [x.requires_grad_() for x in make_qkv(seq_len_q=SEQ_LEN, head_dim=head_dim, dtype=dtype, device=device)]
     query, key, value = tensors
     mask = make_block_mask(seq_len_q=SEQ_LEN, q_block_size=128, kv_block_size=128, full_rows=True, device=device)
     outputs = [block_sparse_attention(query, key, value, mask, backend=backend)]
     outputs += [masked_attention_oracle(query, key, value, mask, dtype=kind)[0] for kind in (dtype, torch.float64)]
-    weight = torch.linspace(-1, 1, 64, device=device, dtype=dtype)
+    weight = torch.linspace(-1, 1, head_dim, device=device, dtype=dtype)
     grads = [torch.autograd.grad((out * weight.to(out.dtype)).sum(), tensors) for out in outputs]
     for name, got, eager, truth in zip(("query", "key", "value"), *grads, strict=True):
         assert_close_to_oracle(got, eager, truth, name=f"gradient of {name}")
@@ -154,6 +185,26 @@ def pooled_tail(backend: str, device: torch.device) -> None:
     close("the output", out, (logits.softmax(-1) @ v_mean).transpose(1, 2))
 
 
+def attention_with_tail(backend: str, device: torch.device) -> None:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    query, key, value = make_qkv(seq_len_q=SEQ_LEN, head_dim=128, dtype=dtype, device=device)
+    mask = make_block_mask(seq_len_q=SEQ_LEN, q_block_size=128, kv_block_size=128, device=device)
+    out = block_sparse_attention_with_tail(query, key, value, mask, first_order=False, backend=backend)
+    listed = mask.to_dense().repeat_interleave(128, 2)[:, :, :SEQ_LEN]
+    sizes = torch.tensor([part.shape[1] for part in key.split(128, 1)], device=device)
+
+    def attend(kind: torch.dtype) -> torch.Tensor:
+        """Keys of listed blocks, and of the others their means, each as often as it has tokens."""
+        q, k, v = (x.to(kind).transpose(1, 2) for x in (query, key, value))
+        k_mean, v_mean = (torch.stack([part.mean(2) for part in x.split(128, 2)], 2) for x in (k, v))
+        tokens = listed.repeat_interleave(128, 3)[..., :SEQ_LEN]
+        near = (q @ k.transpose(2, 3) * 128**-0.5).masked_fill(~tokens, -torch.inf)
+        far = (q @ k_mean.transpose(2, 3) * 128**-0.5 + sizes.to(kind).log()).masked_fill(listed, -torch.inf)
+        return (torch.cat([near, far], -1).softmax(-1) @ torch.cat([v, v_mean], 2)).transpose(1, 2)
+
+    assert_close_to_oracle(out, attend(dtype), attend(torch.float64))
+
+
 def linear(backend: str, device: torch.device) -> None:
     query, key, value = make_qkv(seq_len_q=SEQ_LEN, head_dim=32, device=device)
     out = linear_branch(query, key, value, backend=backend)
@@ -189,7 +240,9 @@ def sampled(backend: str, device: torch.device) -> None:
 
 CHECKS: dict[str, Callable[[str, torch.device], None]] = {
     ATTENTION: attention,
-    f"{ATTENTION} gradients": attention_backward,
+    CLUSTERS: attention_over_clusters,
+    GRADIENTS: attention_backward,
+    WITH_TAIL: attention_with_tail,
     "block_selection": block_selection,
     "clustering": clustering,
     "permutation": permutation,
@@ -203,10 +256,12 @@ CHECKS: dict[str, Callable[[str, torch.device], None]] = {
 def cases() -> list[tuple[str, str]]:
     """(op, backend), those that compile longest last."""
     from vidsparse_kernels.block_sparse_attention.api import BACKENDS
+    from vidsparse_kernels.pooled_tail.api import BACKENDS_WITH_TAIL
 
     slow = ("flex", "flash4")
     ours = [(ATTENTION, backend) for backend in BACKENDS if backend not in slow]
-    ours += [(f"{ATTENTION} gradients", backend) for backend in OTHER_BACKENDS]
+    ours += [(op, backend) for op in (CLUSTERS, GRADIENTS) for backend in HOPPER_BACKENDS]
+    ours += [(WITH_TAIL, backend) for backend in BACKENDS_WITH_TAIL]
     ours += [(op, backend) for op in OPS for backend in OTHER_BACKENDS]
     return ours + [(ATTENTION, backend) for backend in BACKENDS if backend in slow]
 
@@ -223,7 +278,7 @@ def run(device: torch.device, seconds: float) -> Iterator[Outcome]:
             continue
         state, reason = RUNS, None
         try:
-            if op == ATTENTION and backend not in available_backends():
+            if op in (ATTENTION, CLUSTERS, GRADIENTS) and backend not in available_backends():
                 raise UnsupportedBackendError(f'backend "{backend}" is not installed')
             with torch.random.fork_rng(devices=[]):
                 CHECKS[op](backend, device)
@@ -238,7 +293,13 @@ def run(device: torch.device, seconds: float) -> Iterator[Outcome]:
         yield Outcome(op, backend, state, reason, time.perf_counter() - begun)
 
 
-PIP = {"triton": "triton", "hopper": "triton", "flex": "triton", "flash4": "flash-attn-4"}
+PIP = {
+    "triton": "triton",
+    "hopper": "triton",
+    "hopper_with_tail": "triton",
+    "flex": "triton",
+    "flash4": "flash-attn-4",
+}
 
 
 def short_reason(message: str, backend: str) -> str:
