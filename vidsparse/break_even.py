@@ -39,14 +39,14 @@ CLUSTER_CALL_SECONDS, CLUSTER_TAIL_CALL_SECONDS = 3.5e-3, 5.0e-3
 where the GPU waits for it (`2026-11-27-h200-method-calls.json`), and a share more, as that host differs from run to run."""
 
 PADDING_TOKENS = 26.5
-"""Clusters packed into full tiles take 1 + this over the keys of a cluster times as long as uniform blocks: by the times of
-27 November, whose kernel over clusters is still that of 34d87da, and the estimate for uniform blocks of today at most 1.30
-with 76 keys and 1.79 with 33. Calls with a mask over keys, and other GPUs, run the portable kernel, which gives each cluster
-tiles of its own and takes about 3 times as long."""
+"""Clusters packed into full tiles take 1 + this over the keys of a cluster times as long as uniform blocks: at most 1.30 times
+with 76 keys and 1.79 with 33, by the clusters' times of 27 November over this estimate for uniform blocks. The kernel over
+clusters has changed since and has not been timed; full tiles of queries have not either. Calls with a mask over keys, and
+other GPUs, run the portable kernel, which gives each cluster tiles of its own and takes about 3 times as long."""
 
 TAIL_OVERHEAD = 2.7
-"""The tail over clusters as a share of a dense call, times tokens over clusters of keys: measured 2.7, 2.2 (2,000
-clusters) and 3.5 in the three cases above."""
+"""The tail over clusters as a share of a dense call, times tokens over clusters of keys: measured 2.7 at 75,600 tokens with
+1,000 clusters, 2.2 with 2,000, and 3.5 at 32,760 with 1,000 (`docs/methods.md`)."""
 
 TAIL_FACTOR = 1.3
 """The tail over uniform blocks, with it over without: 1.19 at 75,600 tokens and a density of 0.2
