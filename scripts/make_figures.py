@@ -1,6 +1,6 @@
 """Draw the pictures of the README and docs from real runs: frames, the mask, the kernel's time.
 
-    python scripts/make_figures.py --output docs --benchmark benchmarks/results/2026-11-27-h200-block-sparse-all.json
+    python scripts/make_figures.py --output docs --benchmark benchmarks/results/2026-11-30-h200-block-sparse.json
 
 Needs `pip install .[plot]`. The clips are made by the bundled model on this machine.
 """
