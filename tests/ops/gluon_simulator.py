@@ -422,7 +422,7 @@ def _run_all(calls: list[Callable[[], None]], program: int | None = None) -> Non
         try:
             call()
         except SystemExit:
-            pass
+            pass  # Ended because another thread failed, which says why.
         except BaseException:
             errors.append(traceback.format_exc())
             _failed.set()

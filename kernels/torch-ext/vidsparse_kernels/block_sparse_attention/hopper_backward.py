@@ -3,7 +3,7 @@
 Roles, barriers and the order of the q tiles are those of `hopper.py`. A warpgroup computes for its 64 queries and each tile
 of 64 keys the logits Q K^T and dP = dO V^T, from them P = exp(logits - LSE) and dS = P (dP - delta), and beside those of the
 next tile the sum dS K. Two warpgroups share each tile, which halves what comes from the L2 cache beside the portable kernel.
-The gradients of key and value stay with that one: in this form they took 6 % longer (docs/performance.md).
+The gradients of key and value stay with that one: in this form they took 2 to 6 % longer (docs/performance.md).
 """
 
 # In kernels every value is the compiler's, which its annotations for the host do not describe.
