@@ -305,7 +305,10 @@ def sparse_run(
         if direction == "forward":
             return partial(block_sparse_attention, query, key, value, mask, backend=backend)
         if backend == "hopper":
-            raise UnsupportedBackendError("its backward is that of triton")
+            from vidsparse_kernels.block_sparse_attention.hopper_backward import MIN_HEAD_DIM
+
+            if query.shape[3] < MIN_HEAD_DIM:
+                raise UnsupportedBackendError("its backward is that of triton")
         q, k, v = inputs = [x.detach().requires_grad_() for x in (query, key, value)]
         out = block_sparse_attention(q, k, v, mask, backend=backend)
         return partial(torch.autograd.grad, out, inputs, torch.randn_like(query), retain_graph=True)
