@@ -34,15 +34,15 @@ CLUSTER_OVERHEAD = 4.18
 together). At 75,600 tokens of 40 heads 2.7 with 1,300 clusters and 2.1 with 2,300, at 32,760 of 12 heads 3.6 with 1,200; with
 the two that follow fitted to whole calls, so that none is estimated too low and none 1.35 times too high."""
 
-CLUSTER_CALL_SECONDS, CLUSTER_TAIL_CALL_SECONDS = 3.5e-3, 5.0e-3
+CLUSTER_CALL_SECONDS, CLUSTER_TAIL_CALL_SECONDS = 3.5e-3, 4.8e-3
 """What a call with clusters, and with their tail, takes at least, on the host: 2.4 to 3.1 ms and 3.2 to 4.3 ms at lengths
 where the GPU waits for it (`2026-11-27-h200-method-calls.json`), and a share more, as that host differs from run to run."""
 
-PADDING_TOKENS = 26.5
-"""Clusters packed into full tiles take 1 + this over the keys of a cluster times as long as uniform blocks: at most 1.30 times
-with 76 keys and 1.79 with 33, by the clusters' times of 27 November over this estimate for uniform blocks. The kernel over
-clusters has changed since and has not been timed; full tiles of queries have not either. Calls with a mask over keys, and
-other GPUs, run the portable kernel, which gives each cluster tiles of its own and takes about 3 times as long."""
+PADDING_TOKENS, TILED_PADDING_TOKENS = 18.0, 4.0
+"""Attention over clusters takes 1 + this over the keys of a cluster times as long as over uniform blocks; the second with full
+tiles of queries. Measured 1.20 to 1.24 and 0.99 to 1.05 times with 76 keys, 1.39 to 1.42 and 1.09 to 1.12 with 33
+(`2026-11-30-h200-packed-full-tiles.json`). Calls with a mask over keys, and other GPUs, run the portable kernel, which gives
+each cluster tiles of its own and takes about 3 times as long."""
 
 TAIL_OVERHEAD = 2.7
 """The tail over clusters as a share of a dense call, times tokens over clusters of keys: measured 2.7 at 75,600 tokens with

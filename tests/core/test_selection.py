@@ -459,7 +459,7 @@ def test_full_tiles_of_queries():
 
 
 def test_full_tiles_where_clusters_are_large_enough():
-    for sizes, expected in (((21, 45, 80), True), ((21, 30, 52), False), ((33, 45, 80), True), ((21, 12, 20), False)):
+    for sizes, expected in (((21, 45, 80), True), ((21, 30, 52), True), ((33, 45, 80), True), ((21, 12, 20), False)):
         layout = TokenLayout(LatentGrid(*sizes))
         cases: tuple[tuple[str, dict[str, Any], bool], ...] = (
             ("vidsparse", {}, expected), ("vidsparse", {"query_tiles": False}, False), ("semantic", {}, False),
@@ -475,7 +475,7 @@ def test_full_tiles_where_clusters_are_large_enough():
 
 def test_settings_of_a_method_made_of_another_are_described():
     texts = attribute_help(processor_class("vidsparse").config_class)
-    assert "192 queries" in texts["query_tiles"]
+    assert "160 queries" in texts["query_tiles"]
     assert "200 up to 60,000" in texts["q_clusters"] and "16th" in texts["k_clusters"] and "0.15" in texts["density"]
 
 

@@ -139,7 +139,12 @@ class SemanticProcessor(SparseProcessor):
         self.config.clusters(grid.num_tokens)
 
     def parts(self, layout: TokenLayout, device: Any) -> tuple[Parts, str | None]:
-        from vidsparse.break_even import CLUSTER_CALL_SECONDS, CLUSTER_OVERHEAD, PADDING_TOKENS
+        from vidsparse.break_even import (
+            CLUSTER_CALL_SECONDS,
+            CLUSTER_OVERHEAD,
+            PADDING_TOKENS,
+            TILED_PADDING_TOKENS,
+        )
         from vidsparse.parts import Parts
         from vidsparse.selection.clusters import Clustering, ClusterSelector, query_tile
 
@@ -153,7 +158,8 @@ class SemanticProcessor(SparseProcessor):
             note += f"; full tiles of {query_tile(layout.grid.num_tokens, q_clusters)} queries"
         density = config.share
         overhead = CLUSTER_OVERHEAD * (q_clusters + k_clusters) / layout.grid.num_tokens
-        factor = 1 + PADDING_TOKENS * k_clusters / layout.grid.num_tokens
+        padding = TILED_PADDING_TOKENS if tiles else PADDING_TOKENS
+        factor = 1 + padding * k_clusters / layout.grid.num_tokens
         return Parts(
             selector=selector, density=density, overhead=overhead, factor=factor, call_seconds=CLUSTER_CALL_SECONDS
         ), note
