@@ -5,7 +5,7 @@
 Checks the kernels against float64 first and prints no speed if that fails. Times are medians of CUDA events with a cold
 L2. First the whole in turns, so that a GPU that grows hot slows all alike: the listed blocks alone, the tail after them
 ("separate"), and both in one kernel; pools and bias counted. Then the parts. `share` is the time over that of
-`block_sparse_attention` with its LSE at the same shape. `--quick`: 75,600 tokens of 12 heads, no other shape; `--sweep`
+`block_sparse_attention` with its LSE at the same shape, of the whole in the same round. `--quick`: 75,600 tokens of 12 heads, no other shape; `--sweep`
 also times other tile shapes of the tail kernel, each checked against the default one.
 """
 
@@ -15,6 +15,7 @@ import argparse
 import datetime
 import json
 import os
+import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -34,8 +35,8 @@ from vidsparse_kernels import (
     select_backend_with_tail,
 )
 from vidsparse_kernels.block_sparse_attention.configs import ForwardConfig
-from vidsparse_kernels.pooled_tail import pool_for_tail, pooled_tail_attention, pooled_tail_merge_
-from vidsparse_kernels.pooled_tail.forward import rounded, triton_tail
+from vidsparse_kernels.pooled_tail import api, pool_for_tail, pooled_tail_attention, pooled_tail_merge_
+from vidsparse_kernels.pooled_tail.forward import triton_tail
 from vidsparse_kernels.pooled_tail.words import listed_words
 from vidsparse_kernels.testing import make_block_mask, make_qkv, make_variable_block_mask
 
@@ -148,14 +149,20 @@ def bench_shape(
         for first_order in (True, False):
             name = f"whole, {backend}{'' if first_order else ', no first order'}"
             calls[name] = partial(whole, backend, first_order)
-    in_turns = measure_in_turns(calls, arguments.repeats)
-    sparse = in_turns["block_sparse_attention with LSE"]
+    in_turns = measure_in_turns(calls, 2 * arguments.repeats + 1)
+    sparse, _ = in_turns["block_sparse_attention with LSE"]
 
-    def add(name: str, call: Callable[[], Any] | float, flops: float = 0.0, gigabytes: float = 0.0) -> None:
-        ms = measure(call, arguments.repeats) if callable(call) else call
+    def add(
+        name: str, call: Callable[[], Any] | tuple[float, float], flops: float = 0.0, gigabytes: float = 0.0
+    ) -> None:
+        if callable(call):
+            ms = measure(call, arguments.repeats)
+            share = ms / sparse
+        else:
+            ms, share = call
         row = {
             "what": name, "seq_len": seq_len, "num_heads": num_heads, "head_dim": head_dim,
-            "blocks": [Q_BLOCK_SIZE, kv_block_size], "density": DENSITY, "ms": ms, "share": ms / sparse,
+            "blocks": [Q_BLOCK_SIZE, kv_block_size], "density": DENSITY, "ms": ms, "share": share,
             "tflops": flops / ms / 1e9, "copy_rate": gigabytes * 1e9 / BYTES_PER_MS / ms,
         }  # fmt: skip
         rows.append(row)
@@ -169,8 +176,8 @@ def bench_shape(
     tokens = seq_len * num_heads * head_dim
     # Every virtual token is multiplied, the listed ones too, and the first-order matrix once.
     tail_flops = 4.0 * tokens * mk + 2.0 * tokens * head_dim
-    for name, ms in in_turns.items():
-        add(name, ms, 4.0 * tokens * (DENSITY * seq_len + (mk if "whole" in name else 0)))
+    for name, both in in_turns.items():
+        add(name, both, 4.0 * tokens * (DENSITY * seq_len + (mk if "whole" in name else 0)))
     pools = pool_for_tail(key, value, mask)
     add("pool key only (mean, for the selection)", lambda: pool_blocks(key, kv_block_size), gigabytes=2 * tokens / 1e9)
     add("pool_for_tail", lambda: pool_for_tail(key, value, mask), gigabytes=4 * tokens / 1e9)
@@ -192,9 +199,10 @@ def bench_shape(
     if "hopper_with_tail" in backends:
         from vidsparse_kernels.pooled_tail.hopper import hopper_forward_with_tail, tail_bias
 
-        means = rounded(pools, query.dtype, scale)
-        add("bias of the one kernel", lambda: tail_bias(mask))
-        add("pools rounded for the one kernel", lambda: rounded(pools, query.dtype, scale))
+        means = api._rounded_pools(key, value, mask, None, scale)
+        add("bias of the one kernel", lambda: tail_bias(mask, 1.0))
+        add("pools of the one kernel", lambda: api._rounded_pools(key, value, mask, None, scale))
+        add("pools of the one kernel, no first order", lambda: api._rounded_pools(key, value, mask, None, None))
         add("one kernel and its bias",
             lambda: hopper_forward_with_tail(query, key, value, *means, mask, scale=scale, return_lse=False),
             4.0 * tokens * (DENSITY * seq_len + mk))  # fmt: skip
@@ -241,12 +249,12 @@ def random_mask(seq_len: int, num_heads: int, kv_block_size: int) -> BlockMask:
 
 def measure(run: Callable[[], Any], repeats: int) -> float:
     """Median milliseconds of one call."""
-    return measure_in_turns({"": run}, repeats)[""]
+    return measure_in_turns({"": run}, repeats)[""][0]
 
 
-def measure_in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median milliseconds by CUDA events, the calls one after the other in each round; L2 is flushed before each, as a
-    model's other layers would."""
+def measure_in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, tuple[float, float]]:
+    """Median milliseconds by CUDA events, and the median share of the first call's time in the same round. Calls run one
+    after the other in each round; L2 is flushed before each, as a model's other layers would."""
     for _ in range(2):
         for run in calls.values():
             run()
@@ -262,7 +270,12 @@ def measure_in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[
             stop.record()
             pairs[name].append([start, stop])
     torch.cuda.synchronize()
-    return {name: sorted(a.elapsed_time(b) for a, b in both)[repeats // 2] for name, both in pairs.items()}
+    times = {name: [start.elapsed_time(stop) for start, stop in both] for name, both in pairs.items()}
+    first = next(iter(times.values()))
+    return {
+        name: (statistics.median(ms), statistics.median(a / b for a, b in zip(ms, first, strict=True)))
+        for name, ms in times.items()
+    }
 
 
 if __name__ == "__main__":

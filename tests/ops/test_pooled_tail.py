@@ -448,6 +448,9 @@ def compile(kernel, rows, block_d, num_warps, **constants):
         elif name in rows:
             layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows[name], block_d], gl.bfloat16)
             signature[name] = f"tensordesc<bf16[1, 1, {rows[name]}, {block_d}],{layout!r}>"
+        elif name == "bias":
+            layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+            signature[name] = f"tensordesc<fp32[1, {constants['BLOCK_N']}],{layout!r}>"
         elif name in ("counts_ptr", "indices_ptr", "order_ptr", "counter_ptr"):
             signature[name] = "*i32"
         else:
@@ -470,14 +473,13 @@ ptx = compile(
     STAGES=hopper.num_stages(block_n, 128), RAGGED_KV=True, FIRST_ORDER=bool(first_order), STORE_LSE=bool(first_order),
     LARGEST_MASS=hopper.LARGEST_MASS, CONSUMER_REGISTERS=hopper.CONSUMER_REGISTERS,
     PRODUCER_REGISTERS=hopper.PRODUCER_REGISTERS)
-# A thread loads two numbers of the bias at once.
-assert "wgmma.mma_async" in ptx and "ld.global.v2.b32" in ptx
-block_d, tokens = 128 if first_order else 64, hopper_pooling.TOKENS
+assert "wgmma.mma_async" in ptx
+block_d, tokens = 128 if first_order else 64, hopper_pooling.TILE
 ptx = compile(
     hopper_pooling.tail_pool_hopper_kernel, dict(key=tokens, value=tokens), block_d, block_d // 16, HEAD_DIM=block_d - 8,
     BLOCK_D=block_d, TILE=tokens, STAGES=hopper_pooling.STAGE_BYTES // (4 * tokens * block_d),
     FIRST_ORDER=bool(first_order), NUM_WARPS=block_d // 16, PRODUCER_REGISTERS=hopper_pooling.PRODUCER_REGISTERS)
-assert ("wgmma.mma_async" in ptx) == bool(first_order)
+assert "wgmma.mma_async" in ptx
 print("compiled")
 """
 
@@ -492,9 +494,9 @@ for heads, width in ((3, 128), (1, 1280)):
         seq_len_q=500, seq_len_kv=width * 64 - 700, q_block_size=128, kv_block_size=64, batch=2, num_heads=heads,
         empty_rows=True, full_rows=True)
     want = mask.offsets("kv").diff().float().log2()[:, :, None].expand(mask.to_dense().shape)
-    want = want.masked_fill(mask.to_dense(), -torch.inf)
-    got = tail_bias(mask)
-    assert got.shape == (2, heads, 4, width), got.shape
+    want = (want / 2).masked_fill(mask.to_dense(), -torch.inf)
+    got = tail_bias(mask, 2.0)
+    assert got.shape == (2, heads, 4, width + 128), got.shape
     assert torch.equal(got[..., : mask.num_kv_blocks], want)
     assert bool((got[..., mask.num_kv_blocks :] == -torch.inf).all())
 print("checked")

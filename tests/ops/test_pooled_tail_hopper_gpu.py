@@ -139,7 +139,7 @@ def test_head_dim_64_is_refused():
 
 @pytest.mark.parametrize(
     ("head_dim", "dtype", "kv_block_size", "first_order", "shift"),
-    [(128, BF16, 128, True, 0), (128, FP16, 256, False, 0), (64, FP16, 128, True, 0), (72, BF16, 384, True, 0),
+    [(128, BF16, 128, True, 0), (128, FP16, 64, False, 0), (64, FP16, 64, True, 0), (72, BF16, 384, True, 0),
      (128, BF16, 128, True, 10)],
     ids=str,
 )  # fmt: skip

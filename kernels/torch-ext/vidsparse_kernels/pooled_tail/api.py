@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from importlib.util import find_spec
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -257,13 +257,10 @@ def block_sparse_attention_with_tail(
                 f'backend "hopper_with_tail" {obstacle}; use backend="separate" or "auto" for this case.'
             )
     if backend == "hopper_with_tail":
-        if pools is None:
-            pools = pool_for_tail(key, value, block_mask, first_order=first_order)
         with without_autocast(query.device.type):
-            from .forward import rounded
             from .hopper import hopper_forward_with_tail
 
-            means = rounded(pools, query.dtype, scale if first_order else None)
+            means = _rounded_pools(key, value, block_mask, pools, scale if first_order else None)
             out, lse = hopper_forward_with_tail(
                 query, key, value, *means, block_mask, scale=scale, return_lse=return_lse
             )
@@ -320,6 +317,24 @@ def _obstacle_with_tail(query: Tensor, key: Tensor, block_mask: BlockMask, requi
     from .hopper import unsupported
 
     return unsupported(query, key, block_mask)
+
+
+def _rounded_pools(
+    key: Tensor, value: Tensor, block_mask: BlockMask, pools: Pools | None, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Pools in the dtype of key; written so by the kernel for Hopper GPUs, where that one pools."""
+    from .forward import rounded
+    from .pooling import hopper_pools
+
+    first_order = scale is not None
+    if pools is None and hopper_pools(key, value, block_mask):
+        from .hopper_pooling import hopper_pool
+
+        options: dict[str, Any] = dict(dtype=key.dtype, factor=scale or 1.0)
+        return hopper_pool(key, value, block_mask.kv_block_size, first_order=first_order, **options)
+    if pools is None:
+        pools = pool_for_tail(key, value, block_mask, first_order=first_order)
+    return rounded(pools, key.dtype, scale)
 
 
 def _requires_grad(query: Tensor, pools: Pools) -> bool:

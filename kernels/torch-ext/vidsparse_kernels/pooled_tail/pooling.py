@@ -133,7 +133,7 @@ def triton_pool_for_tail(key: Tensor, value: Tensor, block_mask: BlockMask, *, f
     batch, seq_len, num_kv_heads, head_dim = key.shape
     pools, num_blocks = num_pools(num_kv_heads, block_mask), block_mask.num_kv_blocks
     offsets = block_mask.kv_offsets
-    if offsets is None and key.numel() >= MIN_HOPPER_ELEMENTS and _hopper_can(key, value, block_mask.kv_block_size):
+    if hopper_pools(key, value, block_mask):
         from .hopper_pooling import hopper_pool
 
         means = hopper_pool(key, value, block_mask.kv_block_size, first_order=first_order)
@@ -177,13 +177,15 @@ def triton_pool_for_tail(key: Tensor, value: Tensor, block_mask: BlockMask, *, f
     return Pools(keys, values, counts, partial.sum(2) / seq_len if first_order else None)
 
 
-def _hopper_can(key: Tensor, value: Tensor, kv_block_size: int) -> bool:
-    """Whether the kernel for Hopper GPUs can pool; its language is in Triton from 3.5 on."""
+def hopper_pools(key: Tensor, value: Tensor, block_mask: BlockMask) -> bool:
+    """Whether the kernel for Hopper GPUs pools; its language is in Triton from 3.5 on."""
+    if block_mask.kv_offsets is not None or key.numel() < MIN_HOPPER_ELEMENTS:
+        return False
     try:
         from .hopper_pooling import unsupported
     except ImportError:
         return False
-    return unsupported(key, value, kv_block_size) is None
+    return unsupported(key, value, block_mask.kv_block_size) is None
 
 
 def block_counts(block_mask: BlockMask) -> Tensor:
