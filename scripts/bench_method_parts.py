@@ -39,7 +39,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vidsparse import LatentGrid, Recipe, TokenLayout, make_context
 from vidsparse.attention import attend
-from vidsparse.parts import LayerMemory, MemoryBudget, Selection
+from vidsparse.parts import JointCorrection, LayerMemory, MemoryBudget, Selection
 from vidsparse.selection.blocks import PooledSelector
 from vidsparse.selection.clusters import ClusterSelector
 from vidsparse_kernels import block_sparse_attention
@@ -208,13 +208,17 @@ def measure(method: str, grid: LatentGrid, tensors: Tensors, repeats: int) -> di
     row["backend"] = selection.backend[0]
     moved = selection.permute(query, key, value)
     with_lse = parts.correction is not None and parts.correction.needs_lse
-    run = partial(
+    scale = query.shape[-1] ** -0.5
+    run: Callable[[], Any] = partial(
         block_sparse_attention, *moved, selection.block_mask, return_lse=with_lse, backend=selection.backend[0]
     )
-    if parts.correction is not None:
+    if selection.backend[0] == "hopper_with_tail":
+        # Both in one kernel, and the pooling, which a call has in its selection.
+        assert isinstance(parts.correction, JointCorrection)
+        run = partial(parts.correction.attend, *moved, selection, context, scale, None)
+    elif parts.correction is not None:
         state = run()
         out, lse = state if isinstance(state, tuple) else (state, None)
-        scale = query.shape[-1] ** -0.5
         correct = partial(parts.correction.correct, *moved, out, lse, selection, context, scale, None)
         row["parts"]["correct"] = timed(correct, repeats)
     plain = {}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from vidsparse.errors import ConfigError
-from vidsparse.parts import JointCorrection, Selection
+from vidsparse.parts import JointCorrection, PoolingCorrection, Selection
 from vidsparse.processors.context import AttentionContext
 from vidsparse_kernels import BlockMask, block_sparse_attention, select_backend
 
@@ -110,10 +112,13 @@ def attend(
         return over_blocks(query, key, value, parts.block_mask, key_bias, scale, backend), None
     query, key, value = in_autocast(query, key, value)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    correction = parts.correction
+    if isinstance(correction, PoolingCorrection):
+        context = replace(context, pool=partial(correction.pool, key, value))
     selection = _select(query, key, context)
     query, key, value = selection.permute(query, key, value)
     key_bias = selection.permute_bias(key_bias)
-    mask, correction = selection.block_mask, parts.correction
+    mask = selection.block_mask
     if backend is None and isinstance(correction, JointCorrection):
         out = correction.attend(query, key, value, selection, context, scale, key_bias)
         if out is not None:

@@ -17,6 +17,7 @@ from vidsparse.errors import ConfigError
 if TYPE_CHECKING:
     from vidsparse.processors.context import AttentionContext
     from vidsparse_kernels import BlockMask
+    from vidsparse_kernels.pooled_tail import Pools
 
 
 class Selection:
@@ -31,6 +32,7 @@ class Selection:
         skipped: blocks that a correction leaves out as well, or None.
         backend: which kernel ran it and why, once it ran.
         exact: whether the latest call computed the dropped blocks as well.
+        pools: means of the call's key and value that the selector made, for the correction of the same call only.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Selection:
         self.skipped = skipped
         self.backend: tuple[str, str] | None = None
         self.exact = False
+        self.pools: Pools | None = None
         self._density: torch.Tensor | float | None = None
 
     @property
@@ -66,6 +69,11 @@ class Selection:
         if self.skipped is not None:
             kept += self.skipped.kv_num_blocks, self.skipped.kv_indices
         return [x for x in (*kept, *self.details.values()) if x is not None]
+
+    def take_pools(self) -> Pools | None:
+        """`pools`, which are gone then: the selection may serve later calls, whose keys and values are others."""
+        pools, self.pools = self.pools, None
+        return pools
 
     def permute(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -163,6 +171,15 @@ class JointCorrection(Correction, Protocol):
         key_bias: torch.Tensor | None,
     ) -> torch.Tensor | None:
         """Attention and correction, whose backend the selection then names; None where they are two steps."""
+        ...
+
+
+@runtime_checkable
+class PoolingCorrection(Correction, Protocol):
+    """A correction that needs means of keys and values over kv-blocks, of which a selector may need those of keys."""
+
+    def pool(self, key: torch.Tensor, value: torch.Tensor, block_mask: BlockMask) -> Pools:
+        """The means over the kv-blocks of a mask, whose lists count for nothing; not differentiated."""
         ...
 
 

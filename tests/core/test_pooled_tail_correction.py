@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,8 +12,10 @@ import vidsparse_kernels
 from vidsparse.attention import attend, make_context
 from vidsparse.errors import DenseFallbackError
 from vidsparse.layout import LatentGrid, TokenLayout
+from vidsparse.parts import LayerMemory, MemoryBudget
 from vidsparse.processors.binding import BINDING
 from vidsparse.recipe import Recipe
+from vidsparse_kernels.pooled_tail import Pools
 from vidsparse_kernels.testing import make_qkv
 
 LAYOUT = TokenLayout(LatentGrid(5, 16, 16), text_after=7)
@@ -36,12 +40,51 @@ def test_both_in_one_call_is_named_and_gives_the_same(monkeypatch, first_order):
     got, selection = attend(q, k, v, context)
     torch.testing.assert_close(got, want)
     assert selection is not None and selection.backend == ("hopper_with_tail", "as if")
+    assert len(calls) == 1 and isinstance(calls[0].pop("pools"), Pools)
     assert calls == [dict(scale=0.25, first_order=first_order)]
     # With a bias over keys, and with a backend asked for, they stay two steps.
     bias = torch.zeros(1, 1, LAYOUT.seq_len)
     for options in (dict(key_bias=bias), dict(backend="reference")):
         torch.testing.assert_close(attend(q, k, v, context, **options)[0], want)  # pyright: ignore[reportArgumentType]
     assert len(calls) == 1
+
+
+def test_selection_and_tail_share_means_of_one_call_alone(monkeypatch):
+    """Keys are pooled once a call; a selection kept for later steps keeps no means, whose keys are others by then."""
+    made = []
+
+    def counted(key, value, mask, **options):
+        made.append(key)
+        return pool_for_tail(key, value, mask, **options)
+
+    pool_for_tail = vidsparse_kernels.pool_for_tail
+    monkeypatch.setattr(vidsparse_kernels, "pool_for_tail", counted)
+    monkeypatch.setattr("vidsparse_kernels.pooled_tail.api.pool_for_tail", counted)
+    context = make_context(LAYOUT, Recipe.from_options("pisa", density=0.2), "cpu")
+    context = replace(context, memory=LayerMemory(MemoryBudget()), refresh_every=2, step_count=10)
+    outputs = []
+    for step in (4, 5):
+        q, k, v = make_qkv(seq_len_q=LAYOUT.seq_len, num_heads=2, head_dim=16, seed=step)
+        out, selection = attend(q, k, v, replace(context, step_index=step))
+        assert selection is not None and selection.pools is None
+        mask = selection.block_mask
+        kept = vidsparse_kernels.block_sparse_attention(q, k, v, mask, return_lse=True)
+        tail = vidsparse_kernels.pooled_tail_attention(q, k, v, mask, pools=pool_for_tail(k, v, mask))
+        torch.testing.assert_close(out, vidsparse_kernels.merge_attention_states(*kept, *tail)[0])
+        outputs.append(selection)
+    assert outputs[0] is outputs[1] and len(made) == 2
+
+
+def test_selects_the_same_with_gradients():
+    context = make_context(LAYOUT, Recipe.from_options("pisa", density=0.2), "cpu")
+    tensors = make_qkv(seq_len_q=LAYOUT.seq_len, num_heads=2, head_dim=16)
+    selections = [attend(*tensors, context)[1]]
+    out, selection = attend(*(x.requires_grad_() for x in tensors), context)
+    selections.append(selection)
+    masks = [selection.block_mask for selection in selections if selection is not None]
+    assert len(masks) == 2 and torch.equal(masks[0].kv_indices, masks[1].kv_indices)
+    out.sum().backward()
+    assert all(x.grad is not None and x.grad.abs().sum() > 0 for x in tensors)
 
 
 def test_both_in_one_call_is_no_slow_backend(build_transformer):

@@ -10,6 +10,8 @@ import torch
 if TYPE_CHECKING:
     from vidsparse.parts import Selection
     from vidsparse.processors.context import AttentionContext
+    from vidsparse_kernels import BlockMask
+    from vidsparse_kernels.pooled_tail import Pools
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,12 @@ class PooledTail:
 
     first_order: bool = True
     needs_lse: bool = True
+
+    def pool(self, key: torch.Tensor, value: torch.Tensor, block_mask: BlockMask) -> Pools:
+        from vidsparse_kernels import pool_for_tail
+
+        with torch.no_grad():
+            return pool_for_tail(key, value, block_mask, first_order=self.first_order)
 
     def attend(
         self,
@@ -42,8 +50,9 @@ class PooledTail:
             return None
         selection.backend = name, reason
         return block_sparse_attention_with_tail(
-            query, key, value, selection.block_mask, scale=scale, first_order=self.first_order, backend=name
-        )
+            query, key, value, selection.block_mask, scale=scale, first_order=self.first_order,
+            pools=selection.take_pools(), backend=name,
+        )  # fmt: skip
 
     def correct(
         self,
@@ -62,7 +71,8 @@ class PooledTail:
 
         assert lse is not None
         options = {"scale": scale, "first_order": self.first_order}
+        pools = selection.take_pools()
         if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
             tail = pooled_tail_attention(query, key, value, selection.block_mask, **options)
             return merge_attention_states(out, lse, *tail)[0]
-        return pooled_tail_merge_(out, lse, query, key, value, selection.block_mask, **options)[0]
+        return pooled_tail_merge_(out, lse, query, key, value, selection.block_mask, pools=pools, **options)[0]

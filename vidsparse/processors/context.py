@@ -17,6 +17,8 @@ from vidsparse.report import Report
 
 if TYPE_CHECKING:
     from vidsparse.processors.base import SparseProcessor
+    from vidsparse_kernels import BlockMask
+    from vidsparse_kernels.pooled_tail import Pools
 
 MAX_CALLS = 4
 """Forwards at one timestep that can be guidance branches where no pipeline names them."""
@@ -46,6 +48,8 @@ class AttentionContext:
         shards: how the tokens lie on the ranks of a context-parallel group, None on one device.
         guarded: whether sampled rows of the call are compared with exact attention.
         every_block: for a dense call that is faster through our kernel, None where the model's own attention runs.
+        pool: during a selection, makes the means of key and value over the kv-blocks of a mask for a correction that needs
+            them; a selector that looks at means of keys calls it and leaves them on the selection.
     """
 
     layer_index: int
@@ -64,6 +68,7 @@ class AttentionContext:
     shards: Shards | None = None
     guarded: bool = False
     every_block: EveryBlock | None = None
+    pool: Callable[[BlockMask], Pools] | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -14,6 +14,7 @@ from vidsparse.selection.spread import spread_scores
 
 if TYPE_CHECKING:
     from vidsparse.processors.context import AttentionContext
+    from vidsparse_kernels import BlockMask
 
 
 def block_sizes(seq_len: int, kv_block_size: int | None = None) -> tuple[int, int]:
@@ -79,6 +80,24 @@ class PooledSelector:
         return block_sizes(self.layout.seq_len, self.kv_block_size)
 
     @cached_property
+    def _blocks(self) -> BlockMask:
+        """Blocks of these sizes, none of them listed."""
+        from vidsparse_kernels import BlockMask
+
+        q_size, kv_size = self.sizes
+        tokens = self.layout.seq_len
+        with torch.inference_mode(False):
+            counts = torch.zeros(1, 1, -(-tokens // q_size), dtype=torch.int32, device=self.device)
+            return BlockMask.from_indices(
+                counts,
+                counts[..., None],
+                seq_len_q=tokens,
+                seq_len_kv=tokens,
+                q_block_size=q_size,
+                kv_block_size=kv_size,
+            )
+
+    @cached_property
     def _forced(self) -> tuple[torch.Tensor, int | None]:
         with torch.inference_mode(False):
             forced, most = forced_blocks(self.layout, *self.sizes, self.sink_frames, self.device)
@@ -89,10 +108,14 @@ class PooledSelector:
         from vidsparse_kernels import BlockMask, pool_blocks, score_blocks, select_blocks
 
         q_size, kv_size = self.sizes
+        pools = None
         if self.random_seed is None:
             q_pooled = pool_blocks(query, q_size)["mean"]
             if self.spread:
                 scores = spread_scores(q_pooled, pool_blocks(key, kv_size, kinds=("mean", "max", "min")))
+            elif context.pool is not None:
+                pools = context.pool(self._blocks)
+                scores = score_blocks(q_pooled, pools.keys)
             else:
                 scores = score_blocks(q_pooled, pool_blocks(key, kv_size)["mean"])
         else:
@@ -108,7 +131,9 @@ class PooledSelector:
             scores, density=self.density, top_p=self.top_p, forced=forced, max_forced=most, **sizes
         )  # fmt: skip
         if not self.skip:
-            return Selection(mask)
+            selection = Selection(mask)
+            selection.pools = pools
+            return selection
         # Forced blocks come last in line; a row of text, where all are forced, skips none.
         lowest = select_blocks((-scores).masked_fill(forced, -torch.inf), density=self.skip, **sizes)
         counts = lowest.kv_num_blocks.masked_fill(forced.all(-1), 0)
