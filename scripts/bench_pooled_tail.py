@@ -4,7 +4,8 @@
 
 Checks the kernels against float64 first and prints no speed if that fails. Times are medians of CUDA events with a cold
 L2. First the whole in turns, so that a GPU that grows hot slows all alike: the listed blocks alone, the tail after them
-("separate"), and both in one kernel; pools and bias counted. Then the parts. `share` is the time over that of
+("separate"), and both in one kernel, pools and bias counted; and whole calls of the methods with and without the tail,
+selection counted, whose difference is what the tail adds. Then the parts. `share` is the time over that of
 `block_sparse_attention` with its LSE at the same shape, of the whole in the same round. `--quick`: 75,600 tokens of 12 heads, no other shape; `--sweep`
 also times other tile shapes of the tail kernel, each checked against the default one.
 """
@@ -26,6 +27,8 @@ import torch
 import triton
 from torch import Tensor
 
+from vidsparse import LatentGrid, Recipe, TokenLayout, make_context
+from vidsparse.attention import attend
 from vidsparse_kernels import (
     BlockMask,
     block_sparse_attention,
@@ -42,6 +45,7 @@ from vidsparse_kernels.testing import make_block_mask, make_qkv, make_variable_b
 
 SHAPES = ((32_760, 12, 128), (32_760, 40, 128), (75_600, 12, 128), (75_600, 40, 128))
 KV_BLOCK_SIZES = (64, 128)
+GRIDS = {32_760: LatentGrid(21, 30, 52), 75_600: LatentGrid(21, 45, 80)}
 Q_BLOCK_SIZE, DENSITY = 128, 0.15
 BYTES_PER_MS = 4.26e9
 """Device copy of an H200, bytes read and written."""
@@ -149,6 +153,8 @@ def bench_shape(
         for first_order in (True, False):
             name = f"whole, {backend}{'' if first_order else ', no first order'}"
             calls[name] = partial(whole, backend, first_order)
+    for method in ("pooled", "pisa:first_order", "pisa:"):
+        calls[f"call of {method}"] = call_of(method, seq_len, kv_block_size, (query, key, value))
     in_turns = measure_in_turns(calls, 2 * arguments.repeats + 1)
     sparse, _ = in_turns["block_sparse_attention with LSE"]
 
@@ -232,6 +238,18 @@ def bench_shape(
             add(f"tail {name}", call, tail_flops)
             add(f"tail with fused merge {name}", partial(call, (out, lse)), tail_flops)
     return rows
+
+
+def call_of(method: str, seq_len: int, kv_block_size: int, tensors: tuple[Tensor, ...]) -> Callable[[], Any]:
+    """A layer's whole call, selection counted. "pisa:first_order" and "pisa:" differ from "pooled" by the tail alone, which
+    shares the means of keys with the selection."""
+    name, _, rest = method.partition(":")
+    options: dict[str, Any] = dict(density=DENSITY, kv_block_size=kv_block_size)
+    if name == "pisa":
+        options["first_order"] = rest == "first_order"
+    context = make_context(TokenLayout(GRIDS[seq_len]), Recipe.from_options(name, **options), "cuda")
+    query, key, value = tensors
+    return lambda: attend(query, key, value, context)
 
 
 def random_mask(seq_len: int, num_heads: int, kv_block_size: int) -> BlockMask:
