@@ -97,3 +97,29 @@ def test_both_in_one_call_is_no_slow_backend(build_transformer):
     assert handle.report().notes == []
     with pytest.raises(DenseFallbackError, match='slow backend "reference"'):
         binding._check_fast("reference", "as if", "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("kv_block_size", [64, 128])
+def test_one_kernel_and_shared_means_on_a_gpu(kv_block_size):
+    layout = TokenLayout(LatentGrid(21, 20, 20), text_after=9)
+    recipe = Recipe.from_options("pisa", density=0.2, kv_block_size=kv_block_size)
+    context = make_context(layout, recipe, "cuda")
+    tensors = make_qkv(
+        seq_len_q=layout.seq_len, num_heads=16, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16, device="cuda"
+    )
+    attend(*tensors, context)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out, selection = attend(*tensors, context)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert selection is not None and selection.backend is not None
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert selection.backend[0] == "hopper_with_tail"
+    mask = selection.block_mask
+    want = vidsparse_kernels.block_sparse_attention_with_tail(*(x.double() for x in tensors), mask, backend="separate")
+    plain = vidsparse_kernels.block_sparse_attention_with_tail(*tensors, mask, backend="separate")
+    error, allowed = ((x.double() - want).norm() / want.norm() for x in (out, plain))
+    assert error < 1.5 * allowed + 1e-4
