@@ -31,6 +31,7 @@ from torch import Tensor
 
 from vidsparse_kernels import (
     block_sparse_attention,
+    block_sparse_attention_with_tail,
     cluster,
     linear_branch,
     permute_tokens,
@@ -157,6 +158,18 @@ def pooled_tail() -> None:
             check(pooled_tail_merge_(out, lse, query, key, value, mask, backend="triton")[0])
 
 
+def hopper_tail() -> None:
+    """Pools, their bias and attention over listed blocks and means in one kernel."""
+    from vidsparse_kernels.pooled_tail.hopper_pooling import hopper_pool
+
+    for kv_size, head_dim in ((64, 128), (128, 72)):
+        query, key, value = inputs(torch.bfloat16, head_dim)
+        check(block_sparse_attention_with_tail(query, key, value, uniform(128, kv_size), backend="hopper_with_tail"))
+        keys, values, matrix = hopper_pool(key, value, kv_size, first_order=True)
+        assert matrix is not None
+        check(keys, values, matrix)
+
+
 def norms() -> None:
     query, key = (torch.randn(2, 333, 4 * 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     weights = tuple(torch.randn(64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -187,7 +200,7 @@ FAMILIES = {
     function.__name__: function
     for function in (
         forward, backward, hopper, hopper_clusters, variable_blocks, descriptors, selection, clustering, pooled_tail,
-        norms, error_sample, linear, hand_over,
+        hopper_tail, norms, error_sample, linear, hand_over,
     )
 }  # fmt: skip
 

@@ -106,20 +106,24 @@ def test_one_kernel_and_shared_means_on_a_gpu(kv_block_size):
     layout = TokenLayout(LatentGrid(21, 20, 20), text_after=9)
     recipe = Recipe.from_options("pisa", density=0.2, kv_block_size=kv_block_size)
     context = make_context(layout, recipe, "cuda")
-    tensors = make_qkv(
+    q, k, v = make_qkv(
         seq_len_q=layout.seq_len, num_heads=16, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16, device="cuda"
     )
-    attend(*tensors, context)
+    attend(q, k, v, context)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        out, selection = attend(*tensors, context)
+        out, selection = attend(q, k, v, context)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert selection is not None and selection.backend is not None
     if torch.cuda.get_device_capability() == (9, 0):
         assert selection.backend[0] == "hopper_with_tail"
     mask = selection.block_mask
-    want = vidsparse_kernels.block_sparse_attention_with_tail(*(x.double() for x in tensors), mask, backend="separate")
-    plain = vidsparse_kernels.block_sparse_attention_with_tail(*tensors, mask, backend="separate")
-    error, allowed = ((x.double() - want).norm() / want.norm() for x in (out, plain))
+    want, plain = (
+        vidsparse_kernels.block_sparse_attention_with_tail(
+            q.to(kind), k.to(kind), v.to(kind), mask, backend="separate"
+        )
+        for kind in (torch.float32, q.dtype)
+    )
+    error, allowed = ((x.float() - want).norm() / want.norm() for x in (out, plain))
     assert error < 1.5 * allowed + 1e-4
