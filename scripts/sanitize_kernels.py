@@ -163,7 +163,7 @@ def hopper_tail() -> None:
     from vidsparse_kernels.pooled_tail.hopper_pooling import hopper_pool
 
     for kv_size, head_dim in ((64, 128), (128, 72)):
-        query, key, value = inputs(torch.bfloat16, head_dim)
+        query, key, value = inputs(torch.bfloat16, head_dim, contiguous=True)
         check(block_sparse_attention_with_tail(query, key, value, uniform(128, kv_size), backend="hopper_with_tail"))
         keys, values, matrix = hopper_pool(key, value, kv_size, first_order=True)
         assert matrix is not None

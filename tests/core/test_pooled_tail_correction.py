@@ -79,7 +79,7 @@ def test_selects_the_same_with_gradients():
     context = make_context(LAYOUT, Recipe.from_options("pisa", density=0.2), "cpu")
     tensors = make_qkv(seq_len_q=LAYOUT.seq_len, num_heads=2, head_dim=16)
     selections = [attend(*tensors, context)[1]]
-    out, selection = attend(*(x.requires_grad_() for x in tensors), context)
+    out, selection = attend(*(x.requires_grad_() for x in tensors), context)  # pyright: ignore[reportCallIssue]
     selections.append(selection)
     masks = [selection.block_mask for selection in selections if selection is not None]
     assert len(masks) == 2 and torch.equal(masks[0].kv_indices, masks[1].kv_indices)
