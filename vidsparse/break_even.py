@@ -49,8 +49,9 @@ TAIL_OVERHEAD = 2.7
 1,000 clusters, 2.2 with 2,000, and 3.5 at 32,760 with 1,000 (`docs/methods.md`)."""
 
 TAIL_FACTOR = 1.3
-"""The tail over uniform blocks, with it over without: 1.19 at 75,600 tokens and a density of 0.2
-(`2026-11-30-h200-method-calls.json`); at 32,760 the 1.24 of 27 November, with a faster kernel beside the tail."""
+"""The tail over uniform blocks, with it over without, at a density of 0.15 and in key blocks of 64: whole
+calls in one kernel 1.13 to 1.16, attention in two steps 1.29 to 1.38 (`2026-12-01-h200-pooled-tail-calls.json`). The tail costs the
+same at any density, so this is too much where more is computed."""
 
 LINEAR_TOKENS = 1250.0
 """Selecting and the linear branch over all keys with its projection as a share of a dense call, times its tokens: at most
