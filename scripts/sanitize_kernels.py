@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from vidsparse_kernels import (
+    arrange_clusters,
     block_sparse_attention,
     block_sparse_attention_with_tail,
     cluster,
@@ -40,6 +41,7 @@ from vidsparse_kernels import (
     pooled_tail_merge_,
     qk_norm_rope_pair,
     sampled_error,
+    score_tiles,
     select_from_qk,
     unpermute_tokens,
 )
@@ -120,6 +122,13 @@ def hopper() -> None:
     attend(uniform(128, 64), inputs(torch.float16, 128), "hopper", key_bias=bias())
 
 
+def hopper_backward() -> None:
+    """The gradient of query on its own kernel, after q-blocks without keys and after none, the LSE's gradient with these."""
+    for kv_size, head_dim, empty_rows in ((128, 128, True), (64, 72, False)):
+        mask = uniform(128, kv_size, empty_rows=empty_rows, density=0.6)
+        attend(mask, inputs(torch.bfloat16, head_dim), "hopper", gradients=True)
+
+
 def hopper_clusters() -> None:
     for head_dim in (64, 128):
         attend(clusters(64, 64), inputs(torch.bfloat16, head_dim), "hopper")
@@ -139,8 +148,10 @@ def selection() -> None:
 
 
 def clustering() -> None:
-    _, key, value = inputs(torch.bfloat16, 64, num_kv_heads=2)
-    found = cluster(key, 21, iterations=2, backend="triton")
+    query, key, value = inputs(torch.bfloat16, 64, num_kv_heads=2)
+    found = arrange_clusters(cluster(key, 21, iterations=2, backend="triton"), backend="triton")
+    order = cluster(query, 5, iterations=2, backend="triton").order
+    check(score_tiles(query, order, found.centroids, found.counts, 64, shift=100, backend="triton"))
     moved = permute_tokens((key, value), found.order, backend="triton")
     back = unpermute_tokens(moved, found.order, backend="triton")
     check(*back)
@@ -199,8 +210,8 @@ def hand_over() -> None:
 FAMILIES = {
     function.__name__: function
     for function in (
-        forward, backward, hopper, hopper_clusters, variable_blocks, descriptors, selection, clustering, pooled_tail,
-        hopper_tail, norms, error_sample, linear, hand_over,
+        forward, backward, hopper, hopper_backward, hopper_clusters, variable_blocks, descriptors, selection, clustering,
+        pooled_tail, hopper_tail, norms, error_sample, linear, hand_over,
     )
 }  # fmt: skip
 
