@@ -43,7 +43,7 @@ SIZES = [(128, 128, "bfloat16"), (64, 64, "float16"), (72, 64, "bfloat16")]
 
 @needs_triton
 @pytest.mark.parametrize(("head_dim", "kv_block_size", "dtype"), SIZES)
-@pytest.mark.parametrize("name", ["forward", "split", "backward", "packed", "tail", "pools"])
+@pytest.mark.parametrize("name", ["forward", "backward", "packed", "tail", "pools"])
 def test_agrees_with_float64(name, head_dim, kv_block_size, dtype):
     result = in_a_process_of_its_own(name, head_dim, kv_block_size, dtype)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -100,28 +100,6 @@ def forward(head_dim: int, kv_block_size: int, dtype: str) -> None:
     check(hopper_forward, q, k, v, mask, bias)
     check(hopper_forward, *peaked(q, k), v, mask)
     check(hopper_forward, *peaked(q, k), v, mask, bias)
-
-
-def split(head_dim: int, kv_block_size: int, dtype: str) -> None:
-    """16 q tiles, those of the last round in pieces: one in 4, two in 3, all in 2; lists of no block, of one, of all."""
-    import gluon_simulator
-
-    from vidsparse_kernels.block_sparse_attention import hopper, hopper_schedule
-
-    hopper_schedule.SHORTEST_SPLIT, hopper.SPLIT_ABOVE = 1, 0
-    q, k, v = make_qkv(batch=2, num_kv_heads=1, head_dim=head_dim, dtype=getattr(torch, dtype), **LONG)
-    bias = torch.randn(1, 2, 515).masked_fill(torch.rand(1, 2, 515) < 0.3, -torch.inf)
-    for programs, num_split, num_pieces in ((5, 1, 4), (7, 2, 3), (32, 16, 2)):
-        gluon_simulator.MULTIPROCESSORS = programs
-        assert hopper_schedule.split_tiles(16, 4, programs, 5)[1:] == (num_split, num_pieces)
-        mask = make_block_mask(
-            q_block_size=128, kv_block_size=kv_block_size, batch=2, num_heads=2, density=0.5, empty_rows=True,
-            full_rows=True, seed=programs, seq_len_q=400, seq_len_kv=515,
-        )  # fmt: skip
-        check(hopper.hopper_forward, q, k, v, mask)
-        check(hopper.hopper_forward, q, k, v, mask, bias)
-        check(hopper.hopper_forward, *peaked(q, k), v, mask)
-        check(hopper.hopper_forward, *peaked(q, k), v, mask, bias)
 
 
 def backward(head_dim: int, kv_block_size: int, dtype: str) -> None:

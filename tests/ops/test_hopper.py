@@ -25,18 +25,17 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from vidsparse_kernels.block_sparse_attention import hopper
 
 head_dim, block_n = (int(x) for x in sys.argv[1:3])
-biased, quantized, split = (sys.argv[3] == kind for kind in ("biased", "int8", "split"))
+biased, quantized = sys.argv[3] == "biased", sys.argv[3] == "int8"
 kernel = hopper.block_sparse_forward_hopper_kernel
 stages = hopper.num_stages(block_n, head_dim)
 constants = dict(
     BLOCK_D=head_dim, BLOCK_N=block_n, Q_BLOCK=128, KV_BLOCK=block_n, STAGES=stages, RAGGED_KV=True,
     HAS_BIAS=biased, STORE_LSE=not quantized, QUANTIZED=quantized, LARGEST_MASS=hopper.LARGEST_MASS,
-    AHEAD=head_dim <= hopper.MAX_AHEAD and not biased and not quantized, SPLIT=split,
+    AHEAD=head_dim <= hopper.MAX_AHEAD and not biased and not quantized,
     CONSUMER_REGISTERS=hopper.CONSUMER_REGISTERS, PRODUCER_REGISTERS=hopper.PRODUCER_REGISTERS)
 rows = dict(query=64, key=block_n, value=block_n, out=64)
 others = dict(lse_ptr="*fp32", counts_ptr="*i32", indices_ptr="*i32", bias_ptr="*fp32",
-    query_scale_ptr="*fp32", key_scale_ptr="*fp32", order_ptr="*i32", counter_ptr="*i32", workspace="*fp32",
-    qk_scale_log2="fp32")
+    query_scale_ptr="*fp32", key_scale_ptr="*fp32", order_ptr="*i32", counter_ptr="*i32", qk_scale_log2="fp32")
 signature = {}
 for name in kernel.arg_names:
     if name in constants:
@@ -56,9 +55,8 @@ assert compiled.metadata.shared <= 227 * 1024, compiled.metadata.shared
 for word in ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg", "mbarrier.try_wait"):
     assert word in ptx, word
 assert ("k32.s32.s8.s8" in ptx) == quantized
-assert ("atom.global.gpu.acq_rel" in ptx) == split
-# A thread loads two numbers at once of the bias and of the output of a piece; nothing else in the kernel does.
-print("pairs" if "ld.global.v2.b32" in ptx else "plain")
+# A thread loads two numbers of the bias at once; nothing else in the kernel does.
+print("biased" if "ld.global.v2.b32" in ptx else "plain")
 """
 
 
@@ -73,8 +71,6 @@ print("pairs" if "ld.global.v2.b32" in ptx else "plain")
         (128, 128, "biased"),
         (64, 64, "biased"),
         (128, 128, "int8"),
-        (128, 128, "split"),
-        (128, 64, "split"),
     ],
 )
 def test_compiles_without_a_gpu(head_dim, block_n, kind, tmp_path):
@@ -90,7 +86,7 @@ def test_compiles_without_a_gpu(head_dim, block_n, kind, tmp_path):
         },
     )
     assert result.returncode == 0, result.stderr[:3000]
-    assert result.stdout.strip() == ("pairs" if kind in ("biased", "split") else "plain")
+    assert result.stdout.strip() == ("biased" if kind == "biased" else "plain")
 
 
 COMPILED_BACKWARD = """
@@ -137,21 +133,6 @@ def test_backward_compiles_without_a_gpu(tmp_path):
         },
     )
     assert result.returncode == 0, result.stderr[:3000]
-
-
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")
-def test_split_tiles():
-    from vidsparse_kernels.block_sparse_attention.hopper_schedule import SHORTEST_SPLIT, split_tiles
-
-    # 3,072 q tiles are 23 rounds of 132 programs and 36 q tiles, which three programs each take in pieces.
-    assert split_tiles(3072, 256, 132, 256) == (3072 - 36 - 110, 36, 3)
-    assert split_tiles(264 + 7, 100, 132, SHORTEST_SPLIT)[1:] == (7, 4)
-    for whole in ((3072, 256, 132, SHORTEST_SPLIT - 1), (264, 12, 132, 256), (264 + 67, 100, 132, 256)):
-        assert split_tiles(*whole)[1:] == (0, 1)
-    for num_q_tiles in (1, 7, 61, 300):
-        for num_work in range(num_q_tiles, 600, num_q_tiles):
-            first, number, pieces = split_tiles(num_work, num_q_tiles, 132, 256)
-            assert 0 <= first <= first + number <= num_work and (pieces > 1) == (number > 0) and number * pieces <= 132
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")
@@ -244,44 +225,6 @@ def test_logits_far_above_those_of_the_first_tile(head_dim, dtype):
     check(q, k, v, mask, torch.randn(1, 3, 3000, device="cuda"))
     # Sums that overflow although no weight does.
     check(q, k, v * (2.0**100 if dtype == torch.bfloat16 else 16.0), mask)
-
-
-@pytest.mark.gpu
-@on_hopper
-@pytest.mark.parametrize("head_dim", [64, 72, 128])
-def test_pieces_of_q_tiles(head_dim, monkeypatch):
-    """Also of lists without a block for each, with a cut tile of keys, and some that come again with a running maximum."""
-    from vidsparse_kernels.block_sparse_attention import hopper, hopper_schedule
-
-    programs = torch.cuda.get_device_properties(0).multi_processor_count
-    monkeypatch.setattr(hopper_schedule, "SHORTEST_SPLIT", 1)
-    monkeypatch.setattr(hopper, "SPLIT_ABOVE", 0)
-    for seq_len_q, seq_len_kv, num_heads, num_kv_heads, batch in (
-        (640, 1290, 6, 2, 2),
-        (1000, 515, 18, 6, 1),
-        (2500, 3000, 7, 1, 1),
-        (100, 4000, 4, 4, 1),
-    ):
-        num_q_tiles = -(-seq_len_q // 128)
-        assert hopper_schedule.split_tiles(batch * num_heads * num_q_tiles, num_q_tiles, programs, 1)[1] > 0
-        q, k, v = make_qkv(
-            batch=batch, seq_len_q=seq_len_q, seq_len_kv=seq_len_kv, num_heads=num_heads, num_kv_heads=num_kv_heads,
-            head_dim=head_dim, dtype=torch.bfloat16, device="cuda",
-        )  # fmt: skip
-        mask = make_block_mask(
-            seq_len_q=seq_len_q, seq_len_kv=seq_len_kv, q_block_size=128, kv_block_size=64 if head_dim == 72 else 128,
-            batch=batch, num_heads=num_heads, density=0.5, empty_rows=True, full_rows=True, device="cuda",
-        )  # fmt: skip
-        bias = torch.randn(1, num_heads, seq_len_kv, device="cuda")
-        check(q, k, v, mask)
-        check(q, k, v, mask, bias.masked_fill(bias < -0.5, -torch.inf))
-        # Rows of either warpgroup alone, and of both.
-        q[:, 20:50] *= 8.0
-        q[:, 460:580] *= 8.0
-        k[:, : seq_len_kv // 2] *= 12.0
-        check(q, k, v, mask)
-        out = [block_sparse_attention(q, k, v, mask, backend="hopper") for _ in range(20)]
-        assert all(torch.equal(out[0], other) for other in out)
 
 
 @pytest.mark.gpu

@@ -12,15 +12,12 @@ the peak of the first one: no maximum, no rescaling, a third fewer instructions,
 for less. Up to head_dim 64 a warpgroup also has the product of query and the next keys computed during its softmax (section
 3.2 there). fp32 has room for logits 69 above that peak. Where a sum went beyond, or a number is not finite, the scheduler
 hands the q tile out again and it is done with a running maximum.
-
-The q tiles of a last round that would leave most programs idle are cut along their lists. Each piece leaves its output and
-what its softmax summed to in memory, and the warpgroup that comes last of those with one tile merges them.
 """
 
 # In kernels every value is the compiler's, which its annotations for the host do not describe.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false
-# pyright: reportPossiblyUnboundVariable=false, reportUnboundVariable=false, reportIndexIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportIndexIssue=false
 
 from __future__ import annotations
 
@@ -44,17 +41,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..block_mask import BlockMask
 from .configs import padded_head_dim
 from .forward import LOG2_E, _broadcast_strides, _readable, _tma_can_read
-from .hopper_schedule import (
-    ITEM_NUMBERS,
-    SPLIT_ITEM_NUMBERS,
-    item,
-    longest_first,
-    piece_of_item,
-    schedule,
-    split_tiles,
-    tile_of_item,
-    warpgroup_barrier,
-)
+from .hopper_schedule import ITEM_NUMBERS, item, longest_first, schedule, warpgroup_barrier
 from .quantize_kernel import quantize_query_key
 from .runs import MAX_LIST
 from .tiles import MAX_TOKENS
@@ -70,9 +57,6 @@ PRODUCER_REGISTERS = 24
 MAX_AHEAD = 64
 """Up to this head_dim the product of query and the next keys runs beside the softmax: on an H200 18 to 25 % more. Beyond,
 registers are short; with a bias or integers it has not been tried."""
-SPLIT_ABOVE = 64
-"""Q tiles are split beyond this head_dim, and not with integers. In a kernel that can, the compiler orders the main loop
-worse elsewhere: on an H200 by 1 % at head_dim 64, with integers by 2 % at 128 and 12 % at 64."""
 LARGEST_MASS = 2.0**100
 """Sums of weights beyond this are done again with a running maximum."""
 BIAS_ALIGNMENT = 4
@@ -80,7 +64,7 @@ BIAS_ALIGNMENT = 4
 RUNTIME_INTEGERS = [
     "counts_stride_b", "counts_stride_h", "indices_stride_b", "indices_stride_h", "indices_stride_m",
     "order_stride_b", "order_stride_h", "has_order", "bias_stride_b", "bias_stride_h", "num_heads", "group_size",
-    "seq_len_q", "seq_len_kv", "num_q_tiles", "num_work", "num_key_tiles", "first_split", "num_split", "num_pieces",
+    "seq_len_q", "seq_len_kv", "num_q_tiles", "num_work", "num_key_tiles",
 ]  # fmt: skip
 """What Triton may not compile into the kernel, so that one compilation serves every shape."""
 
@@ -102,7 +86,7 @@ def _list(lists, batch, head, tile_m, Q_BLOCK: gl.constexpr):
 def _load_tiles(
     query, key, value, q_smem, k_smem, v_smem, barriers, items, ready, lists,
     num_heads, group_size, num_q_tiles,
-    Q_BLOCK: gl.constexpr, KV_BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
+    Q_BLOCK: gl.constexpr, KV_BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer: copy what the warpgroups need, in their order: each list from its end, values one tile later."""
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
@@ -112,14 +96,10 @@ def _load_tiles(
     turn = 0
     work, tile_m, num_tiles, start_v, state = item(0, items, ready, 1)
     while state > 0:
-        if SPLIT:
-            work, entry = tile_of_item(turn, items, 1)
         head = (work // num_q_tiles) % num_heads
         batch = work // num_q_tiles // num_heads
         kv_head = head // group_size
         indices = _list(lists, batch, head, tile_m, Q_BLOCK)
-        if SPLIT:
-            indices += entry
         mbarrier.wait(q_empty, (turn & 1) ^ 1)
         mbarrier.expect(q_full, 2 * query.block_type.nbytes)
         for consumer in gl.static_range(2):
@@ -208,64 +188,12 @@ def _weights(logits, peak, row_scale, key_scale, qk_scale_log2, QUANTIZED: gl.co
 
 
 @gluon.jit
-def _merge_pieces(
-    consumer: gl.constexpr, piece, num_pieces, state, again, acc, peak, mass, split, BLOCK_D: gl.constexpr,
-    o_layout: gl.constexpr, s_rows: gl.constexpr,
-):  # fmt: skip
-    """Leave a piece in memory; whoever is last of the pieces of a q tile merges all of them, in their order.
-
-    Returns whether this one was last, and output, peak and mass of the q tile if so.
-    """
-    workspace, arrivals_ptr = split
-    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-    o_columns: gl.constexpr = gl.SliceLayout(0, o_layout)
-    # Of one piece and warpgroup: output, peaks, masses.
-    SIZE: gl.constexpr = 64 * (BLOCK_D + 2)
-    numbers = gl.arange(0, 64, o_rows)[:, None] * BLOCK_D + gl.arange(0, BLOCK_D, o_columns)[None, :]
-    rows = 64 * BLOCK_D + gl.arange(0, 64, s_rows)
-    tile = piece // num_pieces
-    bit = 1 << (piece % num_pieces)
-    arrivals = arrivals_ptr + tile * 2 + consumer
-    last = 0
-    arrived = 0
-    if state > 1:
-        # It comes again for the sake of the other warpgroup where this one was right at once.
-        arrived = gl.atomic_add(arrivals, 0, sem="relaxed") & bit
-    if (again == 0) & (arrived == 0):
-        own = workspace + (piece * 2 + consumer) * SIZE
-        gl.store(own + numbers, acc)
-        gl.store(own + rows, peak)
-        gl.store(own + 64 + rows, mass)
-        warpgroup_barrier()
-        arrived = gl.atomic_add(arrivals, bit, sem="acq_rel") + bit
-        last = gl.where(arrived == (1 << num_pieces) - 1, 1, 0)
-    if last > 0:
-        acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
-        peak = gl.full([64], float("-inf"), gl.float32, s_rows)
-        mass = gl.zeros([64], gl.float32, s_rows)
-        for i in range(num_pieces):
-            other = workspace + ((tile * num_pieces + i) * 2 + consumer) * SIZE
-            other_peak = gl.load(other + rows)
-            new_peak = gl.maximum(peak, other_peak)
-            # Where nothing has been seen, shifting by 0 keeps -inf - -inf out.
-            shift = gl.where(new_peak == float("-inf"), 0.0, new_peak)
-            share = gl.exp2(peak - shift) * mass
-            other_share = gl.exp2(other_peak - shift) * gl.load(other + 64 + rows)
-            peak = new_peak
-            mass = share + other_share
-            inverse = 1.0 / gl.where(mass == 0.0, 1.0, mass)
-            acc = acc * gl.convert_layout(share * inverse, o_rows)[:, None]
-            acc += gl.load(other + numbers) * gl.convert_layout(other_share * inverse, o_rows)[:, None]
-    return last > 0, acc, peak, mass
-
-
-@gluon.jit
 def _attend(
     consumer: gl.constexpr, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, items, verdicts, ready, ended,
-    lists, biases, scales, split, num_heads, seq_len_q, seq_len_kv, num_q_tiles, qk_scale_log2,
+    lists, biases, scales, num_heads, seq_len_q, seq_len_kv, num_q_tiles, qk_scale_log2,
     Q_BLOCK: gl.constexpr, KV_BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr, RAGGED_KV: gl.constexpr, HAS_BIAS: gl.constexpr, STORE_LSE: gl.constexpr,
-    QUANTIZED: gl.constexpr, LARGEST_MASS: gl.constexpr, AHEAD: gl.constexpr, SPLIT: gl.constexpr,
+    QUANTIZED: gl.constexpr, LARGEST_MASS: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: 64 queries of each q tile over their list, from its end, so that a cut tile comes first and its
     mask stays out of the loop.
@@ -295,14 +223,10 @@ def _attend(
     one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     work, tile_m, num_tiles, last_start, state = item(0, items, ready, 4)
     while state > 0:
-        if SPLIT:
-            work, entry = tile_of_item(turn, items, 4)
         head = (work // num_q_tiles) % num_heads
         batch = work // num_q_tiles // num_heads
         start_m = tile_m * 128 + consumer * 64
         indices = _list(lists, batch, head, tile_m, Q_BLOCK)
-        if SPLIT:
-            indices += entry
         again = 0
         # Strides count in steps of the alignment, which tells the compiler that rows have it.
         bias = bias_ptr + (batch.to(gl.int64) * bias_stride_b + head.to(gl.int64) * bias_stride_h) * 4
@@ -491,20 +415,12 @@ def _attend(
         else:
             warpgroup_barrier()
             mbarrier.arrive(q_empty, count=1)
-        finished = again == 0
-        if SPLIT:
-            # Read here, so that the loops before have the registers.
-            num_pieces, piece = piece_of_item(turn, items, 4)
-            if num_pieces > 1:
-                finished, acc, peak, mass = _merge_pieces(
-                    consumer, piece, num_pieces, state, again, acc, peak, mass, split, BLOCK_D, o_layout, s_rows
-                )
         if STORE_LSE:
             tokens = start_m + gl.arange(0, 64, s_rows)
             lse = gl.where(mass == 0.0, float("-inf"), (peak + gl.log2(mass)) * 0.6931471805599453)
             lse_row = (batch.to(gl.int64) * num_heads + head) * seq_len_q
-            gl.store(lse_ptr + lse_row + tokens, lse, mask=(tokens < seq_len_q) & finished)
-        if finished:
+            gl.store(lse_ptr + lse_row + tokens, lse, mask=(tokens < seq_len_q) & (again == 0))
+        if again == 0:
             tma.store_wait(0)
             warpgroup_barrier()
             o_smem.index(consumer).reshape([64, BLOCK_D]).store(acc.to(DTYPE))
@@ -528,10 +444,9 @@ def block_sparse_forward_hopper_kernel(
     counts_stride_b, counts_stride_h, indices_stride_b, indices_stride_h, indices_stride_m,
     order_stride_b, order_stride_h, has_order, bias_stride_b, bias_stride_h,
     num_heads, group_size, seq_len_q, seq_len_kv, num_q_tiles, num_work, num_key_tiles, qk_scale_log2,
-    workspace, first_split, num_split, num_pieces,
     BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, Q_BLOCK: gl.constexpr, KV_BLOCK: gl.constexpr,
     STAGES: gl.constexpr, RAGGED_KV: gl.constexpr, HAS_BIAS: gl.constexpr, STORE_LSE: gl.constexpr,
-    QUANTIZED: gl.constexpr, LARGEST_MASS: gl.constexpr, AHEAD: gl.constexpr, SPLIT: gl.constexpr,
+    QUANTIZED: gl.constexpr, LARGEST_MASS: gl.constexpr, AHEAD: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """128 queries of one head over their listed kv-blocks, q tile after q tile; query, key, value, out are
@@ -551,7 +466,7 @@ def block_sparse_forward_hopper_kernel(
     ended = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     single: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     # [number and place, 1], [place and warpgroup, 1]
-    items = gl.allocate_shared_memory(gl.int32, [2 * (SPLIT_ITEM_NUMBERS if SPLIT else ITEM_NUMBERS), 1], single)
+    items = gl.allocate_shared_memory(gl.int32, [2 * ITEM_NUMBERS, 1], single)
     verdicts = gl.allocate_shared_memory(gl.int32, [4, 1], single)
     for i in gl.static_range(4):
         verdicts.index(i).store(gl.zeros([1], gl.int32, gl.BlockedLayout([1], [32], [4], [0])))
@@ -571,31 +486,29 @@ def block_sparse_forward_hopper_kernel(
     lists = indices_ptr, indices_stride_b, indices_stride_h, indices_stride_m
     biases = bias_ptr, bias_stride_b, bias_stride_h
     scales = query_scale_ptr, key_scale_ptr, group_size, num_key_tiles
-    split = workspace, counter_ptr + 1
     gl.warp_specialize(
         [
             (_attend, (
                 0, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, items, verdicts, ready, ended, lists, biases,
-                scales, split, num_heads, seq_len_q, seq_len_kv, num_q_tiles, qk_scale_log2,
+                scales, num_heads, seq_len_q, seq_len_kv, num_q_tiles, qk_scale_log2,
                 Q_BLOCK, KV_BLOCK, BLOCK_N, BLOCK_D, STAGES, RAGGED_KV, HAS_BIAS, STORE_LSE, QUANTIZED, LARGEST_MASS,
-                AHEAD, SPLIT,
+                AHEAD,
             )),
             (_attend, (
                 1, out, lse_ptr, q_smem, k_smem, v_smem, o_smem, barriers, items, verdicts, ready, ended, lists, biases,
-                scales, split, num_heads, seq_len_q, seq_len_kv, num_q_tiles, qk_scale_log2,
+                scales, num_heads, seq_len_q, seq_len_kv, num_q_tiles, qk_scale_log2,
                 Q_BLOCK, KV_BLOCK, BLOCK_N, BLOCK_D, STAGES, RAGGED_KV, HAS_BIAS, STORE_LSE, QUANTIZED, LARGEST_MASS,
-                AHEAD, SPLIT,
+                AHEAD,
             )),
             (_load_tiles, (
                 query, key, value, q_smem, k_smem, v_smem, barriers, items, ready, lists,
                 num_heads, group_size, num_q_tiles,
-                Q_BLOCK, KV_BLOCK, BLOCK_N, STAGES, SPLIT,
+                Q_BLOCK, KV_BLOCK, BLOCK_N, STAGES,
             )),
             (schedule, (
                 items, verdicts, ready, ended, counts_ptr, indices_ptr, counts_stride_b, counts_stride_h,
                 indices_stride_b, indices_stride_h, indices_stride_m, order_ptr, order_stride_b, order_stride_h,
                 has_order, counter_ptr, num_heads, num_q_tiles, seq_len_kv, num_work, Q_BLOCK, KV_BLOCK, BLOCK_N,
-                SPLIT, first_split, num_split, num_pieces,
             )),
         ],
         [4, 1, 1],
@@ -650,16 +563,9 @@ def hopper_forward(
     num_q_tiles = triton.cdiv(seq_len_q, BLOCK_M)
     num_work = num_q_tiles * num_heads * batch
     multiprocessors = torch.cuda.get_device_properties(query.device).multi_processor_count
-    first_split, num_split, num_pieces = 0, 0, 1
-    if block_d > SPLIT_ABOVE and quantize is None:
-        longest_list = indices.shape[-1] * (block_mask.kv_block_size // block_n)
-        first_split, num_split, num_pieces = split_tiles(num_work, num_q_tiles, multiprocessors, longest_list)
-    num_programs = min(num_work + num_split * (num_pieces - 1), multiprocessors)
-    workspace = torch.empty(num_split * num_pieces, 2, 64 * (block_d + 2), dtype=torch.float32, device=query.device)
-    # Items taken, and for each split q tile and warpgroup the pieces that are there.
-    counter = torch.zeros(1 + 2 * num_split, dtype=torch.int32, device=query.device)
+    counter = torch.zeros(1, dtype=torch.int32, device=query.device)
     order = longest_first(block_mask, BLOCK_M)
-    launch: Any = block_sparse_forward_hopper_kernel[(num_programs,)]
+    launch: Any = block_sparse_forward_hopper_kernel[(min(num_work, multiprocessors),)]
     with torch.cuda.device_of(query):
         launch(
             _descriptor(query, 64, block_d), _descriptor(key, block_n, block_d), _descriptor(value, block_n, block_d),
@@ -670,11 +576,11 @@ def hopper_forward(
             *(_broadcast_strides(order, 2) if order is not None else (0, 0)), int(order is not None),
             *((x // BIAS_ALIGNMENT for x in _broadcast_strides(bias, 2)) if bias is not None else (0, 0)),
             num_heads, num_heads // key.shape[2], seq_len_q, seq_len_kv, num_q_tiles, num_work,
-            triton.cdiv(seq_len_kv, block_n), scale * LOG2_E, workspace, first_split, num_split, num_pieces,
+            triton.cdiv(seq_len_kv, block_n), scale * LOG2_E,
             BLOCK_D=block_d, BLOCK_N=block_n, Q_BLOCK=block_mask.q_block_size, KV_BLOCK=block_mask.kv_block_size,
             STAGES=num_stages(block_n, block_d), RAGGED_KV=seq_len_kv % block_n != 0, HAS_BIAS=bias is not None,
             STORE_LSE=return_lse, QUANTIZED=quantize is not None, LARGEST_MASS=LARGEST_MASS,
-            AHEAD=block_d <= MAX_AHEAD and bias is None and quantize is None, SPLIT=num_split > 0,
+            AHEAD=block_d <= MAX_AHEAD and bias is None and quantize is None,
             CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

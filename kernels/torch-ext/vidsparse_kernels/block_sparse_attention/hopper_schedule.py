@@ -3,14 +3,11 @@
 A mask whose rows list unlike numbers of blocks (radial masks; tiles of text, whose lists are full) leaves some programs
 with more than others where each takes every n-th tile: on a radial mask of 32,760 tokens 10 % more than the mean, where
 this order has 1 %. Tiles come head after head, so that those computed together share keys and values in the L2 cache.
-
-Where all have one length, the last round leaves programs idle: 3,072 tiles are 23.3 rounds of 132 programs, and take 24.
-`split_tiles` says which tiles are cut along their lists into pieces that fill that round.
 """
 
 # In kernels every value is the compiler's, which its annotations for the host do not describe.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportPossiblyUnboundVariable=false
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -30,14 +27,6 @@ warpgroup_barrier: Any = getattr(gl, "thread_barrier", None) or gl.barrier
 ITEM_NUMBERS = gl.constexpr(5)
 """Numbers of an item, each with two places: place in the order head by head, q tile, key tiles, first key of the last one,
 and state: 0 no more items, 1 one as it comes, 2 one that has to be done again with a running maximum."""
-SPLIT_ITEM_NUMBERS = gl.constexpr(9)
-"""Numbers of an item where q tiles may be split. The first one counts on behind all q tiles for pieces; then follow place
-head by head of the q tile, first entry that it takes of the list, pieces of the tile (1 where it is whole), and its own
-place among all pieces."""
-SHORTEST_SPLIT = 16
-"""Key tiles in the longest list from which on q tiles are split: a piece costs about as much as two key tiles."""
-MOST_PIECES = 4
-"""Of one q tile."""
 
 
 @gluon.jit
@@ -73,38 +62,25 @@ def schedule(
     items, verdicts, ready, ended, counts_ptr, indices_ptr, counts_stride_b, counts_stride_h, indices_stride_b,
     indices_stride_h, indices_stride_m, order_ptr, order_stride_b, order_stride_h, has_order, counter_ptr,
     num_heads, num_q_tiles, seq_len_kv, num_work,
-    Q_BLOCK: gl.constexpr, KV_BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr = False, first_split=0,
-    num_split=0, num_pieces=1,
+    Q_BLOCK: gl.constexpr, KV_BLOCK: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
-    """One warp: writes items into shared memory, at most two ahead of the warpgroups, until `num_work` are taken.
-
-    SPLIT: whether `split_tiles` says that q tiles are. They are passed over on the way and come in the end, in pieces.
-    """
+    """One warp: writes items into shared memory, at most two ahead of the warpgroups, until `num_work` are taken."""
     TILES: gl.constexpr = KV_BLOCK // BLOCK_N
     one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     turn = 0
     state = 1
-    num_items = num_work
-    if SPLIT:
-        num_items = num_work + num_split * num_pieces
     while state > 0:
         slot = turn & 1
-        number, state = next_work(turn, items, verdicts, ended, counter_ptr, num_items)
-        work = number
-        ordering = has_order > 0
-        if SPLIT:
-            whole = number < num_work
-            ordering = ordering & whole
-            work = gl.where(whole, number, first_split + (number - num_work) // num_pieces)
+        work, state = next_work(turn, items, verdicts, ended, counter_ptr, num_work)
         head = ((work // num_q_tiles) % num_heads).to(gl.int64)
         batch = (work // num_q_tiles // num_heads).to(gl.int64)
         place = work % num_q_tiles
         ordered = gl.load(
             order_ptr + batch * order_stride_b + head * order_stride_h + place,
-            mask=(state > 0) & ordering,
+            mask=(state > 0) & (has_order > 0),
             other=0,
         )
-        tile_m = gl.where(ordering, ordered, place)
+        tile_m = gl.where(has_order > 0, ordered, place)
         q_block = tile_m * 128 // Q_BLOCK
         indices = (
             indices_ptr + batch * indices_stride_b + head * indices_stride_h + q_block.to(gl.int64) * indices_stride_m
@@ -112,32 +88,18 @@ def schedule(
         count = gl.load(
             counts_ptr + batch * counts_stride_b + head * counts_stride_h + q_block, mask=state > 0, other=0
         )
-        passed_over = False
-        if SPLIT:
-            work += tile_m - place
-            passed_over = (state > 0) & whole & (work >= first_split) & (work < first_split + num_split)
-            pieces = gl.where(whole, 1, num_pieces)
-            piece = gl.where(whole, 0, number - num_work)
-            entry = count * (piece % pieces) // pieces
-            count = count * (piece % pieces + 1) // pieces - entry
-            indices += entry
-            items.index(10 + slot).store(gl.full([1], work, gl.int32, one))
-            items.index(12 + slot).store(gl.full([1], entry, gl.int32, one))
-            items.index(14 + slot).store(gl.full([1], pieces, gl.int32, one))
-            items.index(16 + slot).store(gl.full([1], piece, gl.int32, one))
         # Lists ascend, so only their last entry can be the shorter last block, which may lack some whole tiles.
         last = gl.load(indices + gl.maximum(count - 1, 0), mask=count > 0, other=0)
         overhang = gl.maximum((last + 1) * KV_BLOCK - seq_len_kv, 0)
         num_tiles = gl.where(count > 0, count * TILES - overhang // BLOCK_N, 0)
-        items.index(slot).store(gl.full([1], number, gl.int32, one))
+        items.index(slot).store(gl.full([1], work, gl.int32, one))
         items.index(2 + slot).store(gl.full([1], tile_m, gl.int32, one))
         items.index(4 + slot).store(gl.full([1], num_tiles, gl.int32, one))
         items.index(6 + slot).store(gl.full([1], last * KV_BLOCK + ((num_tiles - 1) % TILES) * BLOCK_N, gl.int32, one))
         items.index(8 + slot).store(gl.full([1], state, gl.int32, one))
         warpgroup_barrier()
-        if not passed_over:
-            mbarrier.arrive(ready.index(slot), count=1)
-            turn += 1
+        mbarrier.arrive(ready.index(slot), count=1)
+        turn += 1
 
 
 @gluon.jit
@@ -153,45 +115,6 @@ def item(turn, items, ready, WARPS: gl.constexpr):
         gl.sum(items.index(6 + slot).load(one), 0),
         gl.sum(items.index(8 + slot).load(one), 0),
     )
-
-
-@gluon.jit
-def tile_of_item(turn, items, WARPS: gl.constexpr):
-    """Place head by head of the q tile of this turn's item, and the first entry that it takes of the list: after `item`,
-    and where q tiles may be split."""
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    slot = turn & 1
-    return gl.sum(items.index(10 + slot).load(one), 0), gl.sum(items.index(12 + slot).load(one), 0)
-
-
-@gluon.jit
-def piece_of_item(turn, items, WARPS: gl.constexpr):
-    """Pieces of the q tile of this turn's item, and its own place among all pieces, as `tile_of_item`."""
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    slot = turn & 1
-    return gl.sum(items.index(14 + slot).load(one), 0), gl.sum(items.index(16 + slot).load(one), 0)
-
-
-def split_tiles(num_work: int, num_q_tiles: int, programs: int, longest_list: int) -> tuple[int, int, int]:
-    """Which q tiles are cut into pieces so that a last round, less than half full, is not as long as the others.
-
-    They depend on the sizes alone, so that a result has the same bits in whichever order q tiles come. They lie in the
-    middle of the last head: a text, whose lists are full, is at either end.
-
-    Args:
-        num_work: q tiles of all heads.
-        num_q_tiles: of one head.
-        programs: that run at once.
-        longest_list: upper bound on the key tiles of a list.
-
-    Returns:
-        Place of the first one head by head, their number, and the pieces of each, at least 1.
-    """
-    num_split = num_work % programs
-    if longest_list < SHORTEST_SPLIT or num_split == 0 or 2 * num_split > programs:
-        return 0, 0, 1
-    first = num_work - num_split - max(num_q_tiles - num_split, 0) // 2
-    return first, num_split, min(programs // num_split, MOST_PIECES)
 
 
 def longest_first(block_mask: BlockMask, block_m: int) -> Tensor | None:
