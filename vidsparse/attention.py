@@ -149,6 +149,8 @@ def _select(query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -
     memory.open(query, context.layout)
     kept = memory.get("selection")
     if kept is not None and not memory.selects_anew(context.step_index, context.refresh_every):
+        # A call that failed may have left the means of its own keys.
+        kept.pools = None
         return kept
     selection = _select_anew(query, key, context)
     memory.step = context.step_index

@@ -534,7 +534,7 @@ def hopper_forward_with_tail(
 
 def tail_bias(block_mask: BlockMask, qk_scale_log2: float) -> Tensor:
     """fp32 `[B|1, H|1, num_q_blocks, padded]`: what products of queries and mean keys start from, before their scale (in
-    base 2); 37 MB for 12 heads of 591 x 1,182 blocks. A tile more than there are means is -inf."""
+    base 2); 40 MB for 12 heads of 591 x 1,182 blocks. A tile more than there are means is -inf."""
     counts, indices = _readable(block_mask.kv_num_blocks, block_mask.kv_indices)
     batch, heads, num_rows = counts.shape
     width = (triton.cdiv(block_mask.num_kv_blocks, BIAS_COLUMNS) + 1) * BIAS_COLUMNS
