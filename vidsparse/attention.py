@@ -114,6 +114,8 @@ def attend(
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     correction = parts.correction
     if isinstance(correction, PoolingCorrection):
+        # In training too, where the correction pools again with gradients: scores must not depend on whether they are
+        # recorded, or a recomputed forward (gradient checkpointing) could select other blocks.
         context = replace(context, pool=partial(correction.pool, key, value))
     selection = _select(query, key, context)
     query, key, value = selection.permute(query, key, value)

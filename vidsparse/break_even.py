@@ -46,7 +46,8 @@ each cluster tiles of its own and takes about 3 times as long."""
 
 TAIL_OVERHEAD = 2.7
 """The tail over clusters as a share of a dense call, times tokens over clusters of keys: measured 2.7 at 75,600 tokens with
-1,000 clusters, 2.2 with 2,000, and 3.5 at 32,760 with 1,000 (`docs/methods.md`)."""
+1,000 clusters, 2.2 with 2,000, and 3.5 at 32,760 with 1,000 (`2026-11-27-h200-method-parts.json` and `-in-turns.json`; 2.4 to
+2.7 and 3.1 in `2026-12-01-h200-method-parts.json`)."""
 
 TAIL_FACTOR = 1.3
 """The tail over uniform blocks, with it over without, at a density of 0.15 and in key blocks of 64: whole

@@ -147,9 +147,7 @@ def packed(head_dim: int, kv_block_size: int, dtype: str) -> None:
 
 def tail(head_dim: int, kv_block_size: int, dtype: str) -> None:
     """Attention with the pooled tail in one kernel; pools by the reference."""
-    from test_pooled_tail_hopper_gpu import oracle
-
-    from vidsparse_kernels.pooled_tail import api, block_sparse_attention_with_tail
+    from vidsparse_kernels.pooled_tail import api
 
     api._obstacle_with_tail = lambda *arguments: None
     # Its head dims end at 65.
@@ -161,16 +159,32 @@ def tail(head_dim: int, kv_block_size: int, dtype: str) -> None:
         BlockMask.from_dense(torch.full_like(some.to_dense(), listed), seq_len_q=400, seq_len_kv=515, **blocks)
         for listed in (False, True)
     )
-    for mask, first_order, many in (
-        (some, True, False), (some, False, True), (some, True, True), (none, True, False), (every, True, True),
-    ):  # fmt: skip
-        query, key = peaked(q, k) if many else (q, k)
-        truth, eager = (oracle(query, key, v, mask, kind, first_order) for kind in (torch.float64, q.dtype))
-        options: dict[str, Any] = dict(first_order=first_order, return_lse=True, backend="hopper_with_tail")
-        first, second = (block_sparse_attention_with_tail(query, key, v, mask, **options) for _ in range(2))
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-        assert_close_to_oracle(first[0], eager[0], truth[0])
-        assert_close_to_oracle(first[1], eager[1], truth[1], name="lse")
+    check_tail(q, k, v, some, first_order=True)
+    check_tail(*peaked(q, k), v, some, first_order=False)
+    check_tail(*peaked(q, k), v, some, first_order=True)
+    check_tail(q, k, v, none, first_order=True)
+    check_tail(*peaked(q, k), v, every, first_order=True)
+    # Several tiles of means, under lists of no, one, two and three blocks.
+    lengths: dict[str, Any] = dict(seq_len_q=256, seq_len_kv=130 * kv_block_size + 3)
+    q, k, v = make_qkv(num_heads=2, num_kv_heads=1, head_dim=size, dtype=getattr(torch, dtype), **lengths)
+    listed = torch.zeros(1, 2, 2, 131, dtype=torch.bool)
+    listed[0, 0, 1, 130] = listed[0, 1, 0, 1:3] = listed[0, 1, 1, ::60] = True
+    few = BlockMask.from_dense(listed, **lengths, **blocks)
+    check_tail(q, k, v, few, first_order=True)
+    check_tail(*peaked(q, k), v, few, first_order=True)
+
+
+def check_tail(query, key, value, mask, *, first_order: bool) -> None:
+    from test_pooled_tail_hopper_gpu import oracle
+
+    from vidsparse_kernels.pooled_tail import block_sparse_attention_with_tail
+
+    truth, eager = (oracle(query, key, value, mask, kind, first_order) for kind in (torch.float64, query.dtype))
+    options: dict[str, Any] = dict(first_order=first_order, return_lse=True, backend="hopper_with_tail")
+    first, second = (block_sparse_attention_with_tail(query, key, value, mask, **options) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert_close_to_oracle(first[0], eager[0], truth[0])
+    assert_close_to_oracle(first[1], eager[1], truth[1], name="lse")
     print("checked")
 
 
@@ -178,7 +192,6 @@ def pools(head_dim: int, kv_block_size: int, dtype: str) -> None:
     from vidsparse_kernels.pooled_tail import pool_for_tail
     from vidsparse_kernels.pooled_tail.hopper_pooling import hopper_pool
 
-    kv_block_size *= 2
     _, k, v = make_qkv(
         batch=2, seq_len_q=128, seq_len_kv=1111, num_kv_heads=2, head_dim=head_dim, dtype=getattr(torch, dtype)
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -92,7 +92,7 @@ class CellSelector:
             assert parts.selector is not None
             fixed = False
             q, k = (torch.stack([x[:, :, h] for h in own], 2) for x in (query, key))
-            masks.append(parts.selector.select(q, k, replace(context, pool=None)).block_mask)
+            masks.append(parts.selector.select(q, k, context).block_mask)
         selection = Selection(join_heads(masks, heads, query.shape[2], query.shape[0]))
         if fixed:
             self._joined[cell] = selection

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from importlib.util import find_spec
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -322,7 +322,7 @@ def _obstacle_with_tail(query: Tensor, key: Tensor, block_mask: BlockMask, requi
 def _rounded_pools(
     key: Tensor, value: Tensor, block_mask: BlockMask, pools: Pools | None, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Pools in the dtype of key; written so by the kernel for Hopper GPUs, where that one pools."""
+    """Pools in the dtype of key, the matrix times scale. Where the kernel for Hopper GPUs pools, it writes them rounded."""
     from .forward import rounded
     from .pooling import hopper_pools
 
@@ -330,8 +330,8 @@ def _rounded_pools(
     if pools is None and hopper_pools(key, value, block_mask):
         from .hopper_pooling import hopper_pool
 
-        options: dict[str, Any] = dict(dtype=key.dtype, factor=scale or 1.0)
-        return hopper_pool(key, value, block_mask.kv_block_size, first_order=first_order, **options)
+        size, factor = block_mask.kv_block_size, scale or 1.0
+        return hopper_pool(key, value, size, first_order=first_order, dtype=key.dtype, factor=factor)
     if pools is None:
         pools = pool_for_tail(key, value, block_mask, first_order=first_order)
     return rounded(pools, key.dtype, scale)

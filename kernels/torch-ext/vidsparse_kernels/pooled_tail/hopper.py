@@ -10,7 +10,7 @@ the products with all means are done, the first-order term adds t * scale * q H,
 t, q H is one product more onto them, and t goes back on. A q tile whose list is empty begins with the means. The first
 tile has a finite logit in every row either way.
 
-What went beyond the room above the peak, or is not finite, comes again, all tiles twice: first for the largest logit.
+A q tile whose sums overflow or are not finite is done again in two passes: the first finds the largest logit of each row.
 """
 
 # In kernels every value is the compiler's, which its annotations for the host do not describe.
@@ -90,7 +90,7 @@ def tail_bias_kernel(
         size = tl.minimum(kv_block_size, seq_len_kv - columns * kv_block_size)
         bias = tl.where(size > 0, tl.log2(tl.maximum(size, 1).to(tl.float32)) / qk_scale_log2, float("-inf"))
         tl.store(bias_ptr + columns, bias, mask=columns < width)
-    # Other threads write the same numbers again.
+    # Threads write -inf where others wrote the size before.
     tl.debug_barrier()
     for start in tl.range(0, count, COLUMNS):
         places = start + tl.arange(0, COLUMNS)

@@ -128,7 +128,6 @@ def _pool(
     if FIRST_ORDER:
         k_dims = gl.arange(0, BLOCK_D, rows)
         v_dims = gl.arange(0, BLOCK_D, columns)
-    if FIRST_ORDER:
         inside = (k_dims < HEAD_DIM)[:, None] & (v_dims < HEAD_DIM)[None, :]
         square = k_dims[:, None] * HEAD_DIM + v_dims[None, :]
         gl.store(partial_ptr + program_row * HEAD_DIM * HEAD_DIM + square, acc, mask=inside)
@@ -252,8 +251,8 @@ def unsupported(key: Tensor, value: Tensor, kv_block_size: int) -> str | None:
         return f"computes in bf16 and fp16, not {key.dtype}"
     if not 32 < key.shape[3] <= 128 or key.shape[3] % 8:
         return f"supports multiples of 8 from 40 to 128 as head_dim, got {key.shape[3]}"
-    if kv_block_size % 64:
-        return f"needs a kv_block_size that is a multiple of 64, got {kv_block_size}"
+    if kv_block_size % TILE:
+        return f"needs a kv_block_size that is a multiple of {TILE}, got {kv_block_size}"
     if not (_tma_can_read(key) and _tma_can_read(value)):
         return "needs keys and values with rows that start at multiples of 16 bytes"
     if key.numel() == 0:
