@@ -77,6 +77,7 @@ print("checked")
 """
 
 COMPILED = """
+import re
 import sys
 import triton
 from triton.backends.compiler import GPUTarget
@@ -84,15 +85,15 @@ from triton.compiler import ASTSource
 from vidsparse_kernels.block_sparse_attention.configs import forward_config, padded_head_dim
 from vidsparse_kernels.block_sparse_attention.forward import block_sparse_forward_kernel as kernel
 
-capability, shared_memory, head_dim, descriptors, variable, skip, quantized = (int(x) for x in sys.argv[1:])
+capability, shared_memory, head_dim, descriptors, variable, skip, quantized, fp32 = (int(x) for x in sys.argv[1:])
 config = forward_config(
-    capability=(capability // 10, capability % 10), shared_memory=shared_memory, head_dim=head_dim, itemsize=2,
-    q_block_size=128, kv_block_size=128, descriptors_possible=bool(descriptors))
+    capability=(capability // 10, capability % 10), shared_memory=shared_memory, head_dim=head_dim,
+    itemsize=4 if fp32 else 2, q_block_size=128, kv_block_size=128, descriptors_possible=bool(descriptors))
 block_d = padded_head_dim(head_dim)
 constants = dict(
     HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n, Q_BLOCK=128, KV_BLOCK=128,
     RAGGED_KV=True, HAS_BIAS=False, STORE_LSE=not quantized, DESCRIPTORS=config.descriptors, VARIABLE=bool(variable), SKIP=bool(skip),
-    SCALE_BLOCK=128 * quantized, REFINE=False, PRECISION="ieee", query_stride_d=1, key_stride_d=1, value_stride_d=1)
+    SCALE_BLOCK=128 * quantized, REFINE=bool(fp32), PRECISION="ieee", query_stride_d=1, key_stride_d=1, value_stride_d=1)
 tiles = dict(query=config.block_m, key=config.block_n, value=config.block_n, out=config.block_m)
 pointers = dict(
     lse_ptr="*fp32", bias_ptr="*fp32", counts_ptr="*i32", indices_ptr="*i32", own_blocks_ptr="*i32",
@@ -103,7 +104,7 @@ for position, name in enumerate(kernel.arg_names):
     if name in constants:
         signature[name] = "constexpr"
     elif name in tiles:
-        dtype = "i8" if quantized and name in ("query", "key") else "bf16"
+        dtype = "i8" if quantized and name in ("query", "key") else "fp32" if fp32 else "bf16"
         tile = f"tensordesc<{dtype}[1, 1, {tiles[name]}, {block_d}]>"
         signature[name] = tile if config.descriptors and not (variable and name == "out") else f"*{dtype}"
     else:
@@ -115,6 +116,12 @@ options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_
 compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 assert compiled.metadata.shared <= shared_memory, compiled.metadata.shared
 ptx = compiled.asm["ptx"]
+if fp32:
+    # Chains that the compiler has joined would show as products that start from others.
+    products = re.findall(r"(%[\\w#]+) = tt.dot %[\\w#]+, %[\\w#]+, (%[\\w#]+)", compiled.asm["ttir"])
+    results = {result for result, _ in products}
+    assert len(products) == 4 + 2, products
+    assert not any(start in results for _, start in products), products
 print("wgmma" in ptx, "cp.async.bulk.tensor" in ptx, compiled.metadata.shared)
 """
 
@@ -146,13 +153,15 @@ def test_interpreted_kernel_is_exact(variant):
             (100, 227 * 1024, 128, True, "False True"),
             (120, 99 * 1024, 128, True, "False True"),
         )
-        for kind in ("uniform", "variable", "skipping", "int8")
+        for kind in ("uniform", "variable", "skipping", "int8", "fp32")
         if kind != "int8" or device[0] in (80, 90)
     ],
 )
 def test_compiles_without_a_gpu(capability, shared_memory, head_dim, descriptors, expected, kind, tmp_path):
     """Expected: whether the code uses Hopper's warpgroup products, and whether it loads through TMA."""
-    flags = (kind == "variable", kind == "skipping", kind == "int8")
+    flags = (kind == "variable", kind == "skipping", kind == "int8", kind == "fp32")
+    if kind == "fp32":
+        expected = expected.replace("True True", "False True")  # its products are on the plain cores
     arguments = (str(int(x)) for x in (capability, shared_memory, head_dim, descriptors, *flags))
     printed = run(COMPILED, *arguments, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
     assert printed.startswith(expected), printed

@@ -164,7 +164,7 @@ def _add_grad_query(
         if end_n - start_n < BLOCK_N:
             columns = start_n + tl.arange(0, BLOCK_N)
             grad_logits = tl.where((columns < end_n)[None, :], grad_logits, 0.0)
-    return _add_product(acc, low, grad_logits.to(k.dtype), k, REFINE, PRECISION)
+    return _add_product(acc, low, grad_logits.to(k.dtype), k, BLOCK_N, REFINE, PRECISION)
 
 
 @triton.jit(do_not_specialize=[*SHAPE_INTEGERS, "indices_stride_m", "num_q_tiles"])
@@ -259,7 +259,7 @@ def block_sparse_backward_query_kernel(
                 key_stride_s, key_stride_d, value_stride_s, value_stride_d,
                 HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, PRECISION,
             )  # fmt: skip
-        inverse = tl.where(mass > 0.0, 1.0 / mass, 0.0)
+        inverse = tl.where(mass > 0.0, tl.div_rn(tl.full([BLOCK_M], 1.0, tl.float32), mass), 0.0)
         delta += mean * inverse
         tl.store(inverse_ptr + rows, inverse, mask=tokens < end_m)
         tl.store(delta_ptr + rows, delta, mask=tokens < end_m)
@@ -340,9 +340,9 @@ def _add_grad_key_value(
         weights = _exp2(logits * qk_scale_log2 - lse[None, :], REFINE)
     if REFINE:
         weights *= tl.load(inverse_ptr + rows, mask=rows < end_m, other=0.0)[None, :]
-    acc_v, low_v = _add_product(acc_v, low_v, weights.to(grad_o.dtype), grad_o, REFINE, PRECISION)
+    acc_v, low_v = _add_product(acc_v, low_v, weights.to(grad_o.dtype), grad_o, BLOCK_M, REFINE, PRECISION)
     grad_logits = weights * (grad_weights - delta[None, :])
-    acc_k, low_k = _add_product(acc_k, low_k, grad_logits.to(q.dtype), q, REFINE, PRECISION)
+    acc_k, low_k = _add_product(acc_k, low_k, grad_logits.to(q.dtype), q, BLOCK_M, REFINE, PRECISION)
     return acc_k, acc_v, low_k, low_v
 
 

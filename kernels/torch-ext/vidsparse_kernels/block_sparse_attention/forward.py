@@ -80,15 +80,12 @@ def _exp2(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _add_product(acc, low, a, b, REFINE: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + a b. REFINE: what that sum rounds off goes into `low`, with which the next product starts.
-
-    Products on the plain cores add one term at a time: without this all the tokens (in the backward of all the heads of
-    a group) are one chain, whose rounding grows with its length (Kahan 1965). As `low` is not a constant, the compiler
-    cannot make the chain one again by starting the product from `acc`.
-    """
+def _add_product(acc, low, a, b, K: tl.constexpr, REFINE: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a b of `[M, K]` and `[K, N]`. REFINE: what that sum rounds off goes into `low`, with which the next product
+    starts, since without it all the tokens (in the backward of all the heads of a group) are one chain, whose rounding
+    grows with its length (Kahan 1965)."""
     if REFINE:
-        product = tl.dot(a, b, low, input_precision=PRECISION)
+        product = _product_in_chains(low, a, tl.trans(b), K, PRECISION)
         total = acc + product
         low = product - (total - acc)
         acc = total
@@ -98,29 +95,42 @@ def _add_product(acc, low, a, b, REFINE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _product(a, b, BLOCK_D: tl.constexpr, REFINE: tl.constexpr, PRECISION: tl.constexpr):
-    """`[M, N]`: a b^T of `[M, BLOCK_D]` and `[N, BLOCK_D]`. REFINE: as sums over every second, from 64 columns on every
-    fourth of them, added in pairs, since the rounding of one chain grows with its length."""
-    if REFINE and BLOCK_D >= 32:
-        first_a, second_a = tl.split(a.reshape([a.shape[0], BLOCK_D // 2, 2]))
-        first_b, second_b = tl.split(b.reshape([b.shape[0], BLOCK_D // 2, 2]))
-        result = _product_of_halves(first_a, first_b, BLOCK_D // 2, PRECISION)
-        result += _product_of_halves(second_a, second_b, BLOCK_D // 2, PRECISION)
+def _product(a, b, K: tl.constexpr, REFINE: tl.constexpr, PRECISION: tl.constexpr):
+    """`[M, N]`: a b^T of `[M, K]` and `[N, K]`. REFINE: in chains."""
+    if REFINE:
+        result = _product_in_chains(tl.zeros([a.shape[0], b.shape[0]], tl.float32), a, b, K, PRECISION)
     else:
         result = tl.dot(a, tl.trans(b), input_precision=PRECISION)
     return result
 
 
 @triton.jit
-def _product_of_halves(a, b, HALF: tl.constexpr, PRECISION: tl.constexpr):
-    """`_product` of every second column."""
-    if HALF >= 32:
-        first_a, second_a = tl.split(a.reshape([a.shape[0], HALF // 2, 2]))
-        first_b, second_b = tl.split(b.reshape([b.shape[0], HALF // 2, 2]))
-        result = tl.dot(first_a, tl.trans(first_b), input_precision=PRECISION)
-        result += tl.dot(second_a, tl.trans(second_b), input_precision=PRECISION)
+def _product_in_chains(start, a, b, K: tl.constexpr, PRECISION: tl.constexpr):
+    """start + a b^T of `[M, K]` and `[N, K]`, as sums over every second column, from 64 on over every fourth.
+
+    Products on the plain cores add one term at a time, and the rounding of such a chain grows with its length. The sum of
+    two products the compiler would make one chain again, but not the first less the negative of the second.
+    """
+    if K >= 32:
+        first_a, second_a = tl.split(a.reshape([a.shape[0], K // 2, 2]))
+        first_b, second_b = tl.split(b.reshape([b.shape[0], K // 2, 2]))
+        result = _product_of_half(start, first_a, first_b, K // 2, PRECISION)
+        result -= _product_of_half(tl.zeros_like(start), -second_a, second_b, K // 2, PRECISION)
     else:
-        result = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+        result = tl.dot(a, tl.trans(b), start, input_precision=PRECISION)
+    return result
+
+
+@triton.jit
+def _product_of_half(start, a, b, K: tl.constexpr, PRECISION: tl.constexpr):
+    """`_product_in_chains` of half of the columns."""
+    if K >= 32:
+        first_a, second_a = tl.split(a.reshape([a.shape[0], K // 2, 2]))
+        first_b, second_b = tl.split(b.reshape([b.shape[0], K // 2, 2]))
+        result = tl.dot(first_a, tl.trans(first_b), start, input_precision=PRECISION)
+        result -= tl.dot(-second_a, tl.trans(second_b), input_precision=PRECISION)
+    else:
+        result = tl.dot(a, tl.trans(b), start, input_precision=PRECISION)
     return result
 
 
@@ -234,7 +244,7 @@ def _accumulate(
         value, batch, kv_head, start_n, end_n, value_stride_s, value_stride_d,
         HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIPTORS, RAGGED,
     )  # fmt: skip
-    acc, low = _add_product(acc, low, weights.to(v.dtype), v, REFINE, PRECISION)
+    acc, low = _add_product(acc, low, weights.to(v.dtype), v, BLOCK_N, REFINE, PRECISION)
     return acc, low, new_peak, mass
 
 
@@ -324,9 +334,12 @@ def block_sparse_forward_kernel(
             HEAD_DIM, BLOCK_N, BLOCK_D, HAS_BIAS, DESCRIPTORS, RAGGED, SKIP, SCALE_BLOCK, REFINE, PRECISION,
         )  # fmt: skip
 
+    mass_or_one = tl.where(mass == 0.0, 1.0, mass)[:, None]
     if REFINE:
-        acc += low
-    acc = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
+        # A plain division is up to two units off.
+        acc = tl.div_rn(acc + low, mass_or_one)
+    else:
+        acc = acc / mass_or_one
     if STORE_LSE:
         lse = tl.where(mass == 0.0, float("-inf"), (peak + tl.log2(mass)) * 0.6931471805599453)
         lse_row = (wide_batch * num_heads + head) * seq_len_q
