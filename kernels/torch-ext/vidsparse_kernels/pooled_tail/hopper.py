@@ -285,11 +285,12 @@ def _attend(
                     logits, b_smem.index(stage), of_means, i == 0, last_start, seq_len_kv, qk_scale_log2,
                     BLOCK_N, RAGGED_KV,
                 )  # fmt: skip
+                # Before the barrier: a warp that came here late would find the values of two tiles on.
+                mbarrier.wait(v_full.index(stage), phase)
                 warpgroup_barrier()
                 mbarrier.arrive(k_empty.index(stage), count=1)
-                peak = gl.maximum(peak, gl.max(logits, 1))
-                mbarrier.wait(v_full.index(stage), phase)
                 mbarrier.arrive(v_empty.index(stage), count=1)
+                peak = gl.maximum(peak, gl.max(logits, 1))
             base += all_tiles
         acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
         stage = base & (STAGES - 1)
