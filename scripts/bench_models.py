@@ -2,6 +2,7 @@
 
     python scripts/bench_models.py --output models.json
     python scripts/bench_models.py --cases wan-14b-720p81,flux-4096 --seconds 150 --output models.json
+    python scripts/bench_models.py --cases wan-14b-720p81 --methods radial,pisa:density=0.25,vidsparse --output models.json
 
 Weights are random, in bf16, and one block of each kind stands for all (its module is called as often as the model has
 such blocks), so the memory is that of a small model and the time that of the real one. "stock" is the model as diffusers
@@ -11,7 +12,16 @@ timed apart (`mask_s`), and `video_speedup` counts it once in 50 steps of two gu
 are off: a row says what one sparse step costs. "dense, our kernel" is what a dense step of a sparse method runs: the model's
 dense attention, through our kernel where that is faster. `video_with_dense_steps` is a generation with the method's own
 schedule, a quarter of the steps and for most methods the first layer dense: its speed-up with our kernel for dense calls, and
-with the model's own attention for them. What would not end within `--seconds` is left out, and said; a forward of
+with the model's own attention for them. With `--methods` the sparse rows are of these methods.
+
+Every forward is one step further, so that what a method keeps from step to step is kept: clusters go on from the centroids
+of the step before. What clustering from nothing takes longer is timed apart (`first_step_s`, all layers and both branches)
+and counted once in a video. With `refresh_every` above 1 a row is the mean over so many steps, and no whole forward is run,
+as one module stands for all layers and would keep the selection for them. Activations of random weights do not cluster as
+those of a trained model do: their scores are all but equal, so the largest clusters of keys are taken, and "vidsparse" at
+`density=0.15` computes about 0.19 of all pairs of tokens, where it computes 0.16 of a trained model's
+(`bench_method_parts.py --record`); `density=0.12` comes to that. "density" is what the timed calls computed, of whole blocks
+for a static mask and else in tokens; `dense_calls` says how many calls ran dense and why. What would not end within `--seconds` is left out, and said; a forward of
 more than `--forward-seconds` is measured with a half, a quarter or an eighth of the blocks (`part_forward`).
 
     torchrun --nproc-per-node 2 scripts/bench_models.py --cases wan-14b-720p81 --output two.json
@@ -178,7 +188,8 @@ CASES: dict[str, Case] = {
 PARTS = (1, 2, 4, 8)
 """A forward too long for `--forward-seconds` is measured with this part of the blocks."""
 
-FORWARDS, STEPS = 100, 50
+STEPS, BRANCHES = 50, 2
+FORWARDS = STEPS * BRANCHES
 """Of a generation, with two guidance branches."""
 
 OUR_DENSE = "dense, our kernel"
@@ -187,7 +198,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 """Processes that torchrun started, one for each GPU."""
 
 COMPILE_SECONDS = 20.0
-"""Kept back for compiling a block, from experience."""
+"""Kept back for compiling a block or a method's kernels, from experience."""
 
 
 def main(given: list[str] | None = None) -> int:
@@ -195,6 +206,9 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     cases = ",".join(name for name in CASES if name != TINY)
     parser.add_argument("--cases", default=cases, help="comma-separated, most important first, of " + ", ".join(CASES))
+    parser.add_argument(
+        "--methods", type=given_methods, help="comma-separated, NAME:OPTION=VALUE:..., in place of a case's own"
+    )
     parser.add_argument("--modes", default="eager,compiled", help="eager, compiled or both")
     parser.add_argument("--backend", default="inductor", help="backend of torch.compile")
     parser.add_argument("--device", default="cuda", help="only the case tiny is for a CPU")
@@ -234,6 +248,20 @@ def main(given: list[str] | None = None) -> int:
     return 0
 
 
+def given_methods(text: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Name and settings by the words that gave them."""
+    methods = {}
+    for words in text.split(","):
+        name, *pairs = words.split(":")
+        try:
+            options = {key: json.loads(value) for key, _, value in (pair.partition("=") for pair in pairs)}
+            Recipe.from_options(name, **options)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{words!r}: {error}") from error
+        methods[words] = name, options
+    return methods
+
+
 def agreed(value: bool) -> bool:
     """What the first process says, so that all do the same."""
     if WORLD == 1:
@@ -265,13 +293,14 @@ def build(case: Case, device: torch.device) -> Any:
 
 @torch.no_grad()
 def run_case(name: str, case: Case, arguments: argparse.Namespace, deadline: float) -> Iterator[dict[str, Any]]:
-    """The rows of one case: stock, at density 0.2 and as published, first eager and then compiled."""
-    variants: list[tuple[str, tuple[str, dict[str, Any]] | None]] = [("stock", None), ("density 0.2", case.sparse)]
+    """The rows of one case: stock, at density 0.2 and as published or as given, first eager and then compiled."""
+    variants: list[tuple[str, tuple[str, dict[str, Any]] | None]] = [("stock", None)]
     if WORLD == 1:
-        variants.insert(1, (OUR_DENSE, ("dense", {"dense_backend": "auto"})))
-    if case.published is not None:
+        variants.append((OUR_DENSE, ("dense", {"dense_backend": "auto"})))
+    variants += arguments.methods.items() if arguments.methods else [("density 0.2", case.sparse)]
+    if case.published is not None and not arguments.methods:
         variants.append(("published", case.published))
-    if case.sparse == IMAGE:
+    if case.sparse == IMAGE and not arguments.methods:
         # What a user gets who leaves `min_tokens` alone: dense, where selecting does not pay.
         variants.append(("min_tokens as by default", (IMAGE[0], {**IMAGE[1], "min_tokens": None})))
     clock = Clock(torch.device(arguments.device))
@@ -284,9 +313,13 @@ def run_case(name: str, case: Case, arguments: argparse.Namespace, deadline: flo
     for gpus, compiled in modes:
         for label, method in variants:
             row = {"case": name, "variant": label, "compiled": compiled, "gpus": gpus}
-            # Four forwards of one block of each kind, whose time is known after the first row.
-            needed = 4 * sum(stock.get("blocks", {"": 5000.0}).values()) / 1000
-            if agreed(time.monotonic() + needed + (COMPILE_SECONDS if compiled else 0) > deadline):
+            recipe = None if method is None else Recipe.from_options(method[0], **{**TIMED, **method[1]})
+            every = 1 if recipe is None else recipe.schedule.refresh_every
+            # Six forwards of one block of each kind, or three and three in each step that a selection serves; how long
+            # they take is known after the first row.
+            needed = (3 + 3 * every) * sum(stock.get("blocks", {"": 5000.0}).values()) / 1000
+            compiles = compiled or (recipe is not None and label not in mask_seconds)
+            if agreed(time.monotonic() + needed + (COMPILE_SECONDS if compiles else 0) > deadline):
                 print(f"{name}, {label}, {'compiled' if compiled else 'eager'}: not started, it would not end in time")
                 continue
             if model is None:
@@ -296,8 +329,8 @@ def run_case(name: str, case: Case, arguments: argparse.Namespace, deadline: flo
                 shared = True
             handle = None
             try:
-                if method is not None:
-                    handle = vidsparse.apply(model, Recipe.from_options(method[0], **{**TIMED, **method[1]}))
+                if recipe is not None:
+                    handle = vidsparse.apply(model, recipe)
                     if agreed(label not in mask_seconds):
                         mask_seconds[label] = seconds_of_mask(model, inputs, handle, clock)
                 before = time.perf_counter()
@@ -308,10 +341,11 @@ def run_case(name: str, case: Case, arguments: argparse.Namespace, deadline: flo
                     block.compile(fullgraph=True, backend=arguments.backend)
                 one_forward(model, inputs, clock)
                 first = time.perf_counter() - before
-                blocks = block_times(model, inputs, case, clock)
+                blocks = block_times(model, inputs, case, clock, every)
                 total = sum(case.repeats[key] * value for key, value in blocks.items()) / 1000
                 # On several GPUs the first block is where diffusers splits the tokens, so it cannot stand for the others.
-                part = next((n for n in PARTS if total / n < arguments.forward_seconds), None) if gpus == 1 else None
+                part = next((n for n in PARTS if total / n < arguments.forward_seconds), None)
+                part = part if gpus == 1 and every == 1 else None
                 forward, counts, expected = None, {}, 0.0
                 if agreed(part is not None and time.monotonic() + total / (part or 1) < deadline):
                     counts = {key: max(1, count // (part or 1)) for key, count in case.repeats.items()}
@@ -334,6 +368,10 @@ def run_case(name: str, case: Case, arguments: argparse.Namespace, deadline: flo
                 ours[compiled] = total
             against = stock.get((gpus, compiled))
             mask = mask_seconds.get(label, 0.0)
+            clusters = recipe is not None and hasattr(recipe.config, "first_iterations")
+            if clusters:
+                # A mask serves all layers and branches; each clusters for itself.
+                mask *= BRANCHES * sum(case.repeats.values())
             whole = {}
             if method is not None and label != OUR_DENSE and against:
                 whole = {
@@ -345,6 +383,8 @@ def run_case(name: str, case: Case, arguments: argparse.Namespace, deadline: flo
             yield row | {
                 "density": 1.0 if report is None else round(report.sparse_density or 1.0, 4),
                 "backend": "default" if report is None else "+".join(sorted({r.backend for r in report.rows})),
+                **({"dense_calls": report.dense_calls} if report is not None and report.dense_calls else {}),
+                **({"notes": report.notes} if report is not None and report.notes else {}),
                 "block_ms": {key: round(value, 2) for key, value in blocks.items()},
                 "all_blocks_s": round(total, 3),
                 "forward_s": None if forward is None or part != 1 else round(forward, 3),
@@ -357,7 +397,7 @@ def run_case(name: str, case: Case, arguments: argparse.Namespace, deadline: flo
                 "speedup_over_stock": against and round(against / total, 2),
                 "video_speedup": against and round(FORWARDS * against / (FORWARDS * total + mask), 2),
                 **({"video_with_dense_steps": whole} if whole else {}),
-                "mask_s": round(mask, 2),
+                "first_step_s" if clusters else "mask_s": round(mask, 2),
                 "first_forward_s": round(first, 2),
                 "peak_gib": clock.peak_gib(),
             }
@@ -372,7 +412,7 @@ def with_dense_steps(
         method: its name and settings.
         case: the model.
         stock, dense, sparse: seconds of all blocks: of the model as it is, in a dense step, in a sparse one.
-        mask: seconds of making the mask, once.
+        mask: seconds of making the mask or of clustering from nothing, once.
     """
     schedule = Recipe.from_options(*method[:1], **method[1]).schedule
     warm_up = schedule.warmup(STEPS) / STEPS
@@ -411,32 +451,49 @@ class Clock:
         return round(peak, 1)
 
 
+def next_step(model: Any, inputs: Any) -> None:
+    """One forward at a lower timestep than the last: where no pipeline says so, that is how a bound model knows a new step."""
+    timestep = inputs["timestep"]
+    timestep -= 1 / 256 if timestep.is_floating_point() else 1
+    model(**inputs, return_dict=False)
+
+
 def one_forward(model: Any, inputs: Any, clock: Clock) -> float:
     """Seconds of one forward."""
     clock.wait()
     before = time.perf_counter()
-    model(**inputs, return_dict=False)
+    next_step(model, inputs)
     clock.wait()
     return time.perf_counter() - before
 
 
 def seconds_of_mask(model: Any, inputs: Any, handle: Any, clock: Clock) -> float:
-    """How much longer a forward takes that must build its mask, kernels being compiled."""
-    one_forward(model, inputs, clock)
+    """How much longer a forward takes that must build its mask or cluster from nothing, kernels being compiled."""
+    every = handle.recipe.schedule.refresh_every
+    for _ in range(every + 1):
+        one_forward(model, inputs, clock)
     handle.reset()
-    with_mask = one_forward(model, inputs, clock)
-    return max(0.0, with_mask - one_forward(model, inputs, clock))
+    # The last one selects again.
+    first, *_, later = [one_forward(model, inputs, clock) for _ in range(every + 1)]
+    return max(0.0, first - later)
 
 
-def block_times(model: Any, inputs: Any, case: Case, clock: Clock) -> dict[str, float]:
-    """Milliseconds of the one block of each kind, the median of five; of one where that takes seconds."""
+def block_times(model: Any, inputs: Any, case: Case, clock: Clock, every: int) -> dict[str, float]:
+    """Milliseconds of the one block of each kind, the median of five; of one where that takes seconds.
+
+    Where a selection serves `every` steps, the mean over these, as they cost differently.
+    """
     with timed_blocks(model, case, clock) as times:
         long = agreed(one_forward(model, inputs, clock) > 1)
-        for _ in range(0 if long else 4):
+        for _ in range(every * (1 if long else 5) - 1):
             # Without waiting, so that a block of a short sequence does not wait for the host more than in a generation.
-            model(**inputs, return_dict=False)
+            next_step(model, inputs)
         clock.wait()
-    return {key: statistics.median(clock.between(a, b) for a, b in pairs) for key, pairs in times.items()}
+    milliseconds = {key: [clock.between(a, b) for a, b in pairs] for key, pairs in times.items()}
+    return {
+        key: statistics.mean(statistics.median(of[first::every]) for first in range(every))
+        for key, of in milliseconds.items()
+    }
 
 
 @contextmanager
