@@ -21,8 +21,10 @@ as one module stands for all layers and would keep the selection for them. Activ
 those of a trained model do: their scores are all but equal, so the largest clusters of keys are taken, and "vidsparse" at
 `density=0.15` computes about 0.19 of all pairs of tokens, where it computes 0.16 of a trained model's
 (`bench_method_parts.py --record`); `density=0.12` comes to that. "density" is what the timed calls computed, of whole blocks
-for a static mask and else in tokens; `dense_calls` says how many calls ran dense and why. What would not end within `--seconds` is left out, and said; a forward of
-more than `--forward-seconds` is measured with a half, a quarter or an eighth of the blocks (`part_forward`).
+for a static mask and else in tokens; `dense_calls` says how many calls ran dense and why.
+
+What would not end within `--seconds` is left out, and said; a forward of more than `--forward-seconds` is measured with a
+half, a quarter or an eighth of the blocks (`part_forward`).
 
     torchrun --nproc-per-node 2 scripts/bench_models.py --cases wan-14b-720p81 --output two.json
 
