@@ -6,7 +6,8 @@
 Checks every backend against float64 first and prints no speed if that fails. A section is one shape, direction and
 mask; its kernels are timed in turns, with cuDNN's dense kernel and a large matrix product among them, because a GPU
 that grows warm slows down. So every line also says how much of the matrix product's rate it reaches (the roofline: all
-of this is bound by arithmetic) and of dense cuDNN's. Sections come in the order of their importance, the file is
+of this is bound by arithmetic) and of dense cuDNN's. As power is the limit, each kernel is timed a second time `rested`:
+single calls with a pause before each, the clocks that it has after work that draws less. Sections come in the order of their importance, the file is
 written after each, and what `--seconds` leaves no time for is listed there.
 
 Random masks list the same number of blocks per row and head, so nothing is gained from locality; radial ones are those
@@ -23,6 +24,7 @@ import importlib.metadata
 import json
 import math
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -95,6 +97,7 @@ VARIABLE_SHAPE = (32_760, 12, 128)
 CLUSTERS = {64: (64, 64), 128: (128, 64)}
 """Mean tokens of a cluster, and the tiles that it is computed in."""
 ROUNDS = 3
+RESTED_CALLS = 7
 
 
 def main() -> int:
@@ -103,6 +106,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--seconds", type=float, default=240.0, help="start no section after so long (default 240)")
     parser.add_argument("--milliseconds", type=float, default=40.0, help="per kernel and round (default 40)")
+    parser.add_argument("--pause", type=float, default=50.0, help="milliseconds before a rested call (default 50)")
     parser.add_argument("--backends", default=",".join(BACKENDS), help="comma-separated, of " + ", ".join(BACKENDS))
     parser.add_argument("--variable", action="store_true", help="clusters of random sizes beside uniform blocks")
     arguments = parser.parse_args()
@@ -157,7 +161,7 @@ def main() -> int:
             continue
         if direction == "forward with FlexAttention" and ("flex" not in backends or not is_exact("flex")):
             continue
-        rows = bench(direction, shape, mask, backends, arguments.milliseconds)
+        rows = bench(direction, shape, mask, backends, arguments.milliseconds, arguments.pause)
         report["rows"] += rows
         print_rows(name, rows)
         last = time.monotonic() - started - begun
@@ -229,7 +233,12 @@ def check_gradients() -> None:
 
 
 def bench(
-    direction: str, shape: tuple[int, int, int], mask_name: str, backends: list[str], milliseconds: float
+    direction: str,
+    shape: tuple[int, int, int],
+    mask_name: str,
+    backends: list[str],
+    milliseconds: float,
+    pause: float,
 ) -> list[dict[str, Any]]:
     """Rows of one section."""
     seq_len, num_heads, head_dim = shape
@@ -259,6 +268,7 @@ def bench(
     for _ in range(ROUNDS):
         for name, run in runs.items():
             times[name] += measure(run, milliseconds)
+    rested_times = {name: statistics.median(rested(run, pause)) for name, run in runs.items()}
     rows: list[dict[str, Any]] = []
     for name, samples in times.items():
         samples.sort()
@@ -274,6 +284,7 @@ def bench(
                 "section": mask_name, "seq_len": seq_len, "num_heads": num_heads, "head_dim": head_dim,
                 "density": round(density, 4), "ms": ms, "ms_p20": samples[len(samples) // 5],
                 "ms_p80": samples[len(samples) * 4 // 5], "tflops": flops / ms / 1e9,
+                "rested_ms": rested_times[name], "rested_tflops": flops / rested_times[name] / 1e9,
             }
         )  # fmt: skip
     rates = {row["kernel"]: row["tflops"] for row in rows}
@@ -286,11 +297,12 @@ def bench(
 
 
 def print_rows(name: str, rows: list[dict[str, Any]]) -> None:
-    print(f"{name}: matrix product {rows[0]['tflops']:.0f} TFLOP/s")
+    print(f"{name}: matrix product {rows[0]['tflops']:.0f} TFLOP/s, rested {rows[0]['rested_tflops']:.0f}")
     for row in rows[1:]:
         print(
             f"    {row['kernel']:24s} density {row['density']:5.3f}  {row['ms']:8.3f} ms ({row['ms_p20']:.3f}-"
-            f"{row['ms_p80']:.3f})  {row['tflops']:4.0f} TFLOP/s  {row['share_of_matrix_product']:4.0%} of matrix product  "
+            f"{row['ms_p80']:.3f})  {row['tflops']:4.0f} TFLOP/s, rested {row['rested_tflops']:4.0f}  "
+            f"{row['share_of_matrix_product']:4.0%} of matrix product  "
             f"{row['share_of_dense_cudnn']:4.0%} of dense cuDNN  {row['times_faster_than_dense']:5.2f} x the fastest dense",
             flush=True,
         )
@@ -473,6 +485,17 @@ def measure(run: Callable[[], Any], milliseconds: float) -> list[float]:
     for _ in range(repeats // 4 + 1):
         run()
     return timed(run, repeats)
+
+
+def rested(run: Callable[[], Any], pause: float) -> list[float]:
+    """Milliseconds of single runs, each the second of two after a pause; a wait on the GPU hides what the host takes."""
+    samples = []
+    for _ in range(RESTED_CALLS):
+        time.sleep(pause / 1e3)
+        torch.cuda._sleep(2_000_000)
+        run()
+        samples += timed(run, 1)
+    return samples
 
 
 def timed(run: Callable[[], Any], repeats: int) -> list[float]:

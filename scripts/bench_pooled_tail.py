@@ -6,8 +6,8 @@ Checks the kernels against float64 first and prints no speed if that fails. Time
 L2. First the whole in turns, so that a GPU that grows hot slows all alike: the listed blocks alone, the tail after them
 ("separate"), and both in one kernel, pools and bias counted; and whole calls of the methods with and without the tail,
 selection counted, whose difference is what the tail adds. Then the parts. `share` is the time over that of
-`block_sparse_attention` with its LSE at the same shape, of the whole in the same round. `--quick`: 75,600 tokens of 12 heads, no other shape; `--sweep`
-also times other tile shapes of the tail kernel, each checked against the default one.
+`block_sparse_attention` with its LSE at the same shape, of the whole in the same round. `--quick`: 75,600 tokens of 12 heads, no other shape; `--whole`:
+no parts; the file is written after each shape; `--sweep` also times other tile shapes of the tail kernel, each checked against the default one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from vidsparse_kernels.pooled_tail.words import listed_words
 from vidsparse_kernels.testing import make_block_mask, make_qkv, make_variable_block_mask
 
 SHAPES = ((32_760, 12, 128), (32_760, 40, 128), (75_600, 12, 128), (75_600, 40, 128))
-KV_BLOCK_SIZES = (64, 128)
+KV_BLOCK_SIZES = (128, 64)
 GRIDS = {32_760: LatentGrid(21, 30, 52), 75_600: LatentGrid(21, 45, 80)}
 Q_BLOCK_SIZE, DENSITY = 128, 0.15
 BYTES_PER_MS = 4.26e9
@@ -61,6 +61,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--repeats", type=int, default=15, help="timed runs of each row (default 15)")
     parser.add_argument("--sweep", action="store_true", help="also time other tile shapes")
+    parser.add_argument("--whole", action="store_true", help="only what is timed in turns, no parts")
     parser.add_argument("--quick", action="store_true", help="75,600 tokens of 12 heads, no other shape")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -79,15 +80,13 @@ def main() -> int:
     except AssertionError as error:
         print(f"Wrong result, so no speed is reported: {error}", file=sys.stderr)
         return 1
-    rows = [
-        row
-        for shape in (QUICK_SHAPES if arguments.quick else SHAPES)
-        for size in KV_BLOCK_SIZES
-        for row in bench_shape(*shape, size, arguments)
-    ]
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    rows: list[dict[str, Any]] = []
+    for size in KV_BLOCK_SIZES:
+        for shape in QUICK_SHAPES if arguments.quick else SHAPES:
+            rows += bench_shape(*shape, size, arguments)
+            if arguments.output:
+                arguments.output.parent.mkdir(parents=True, exist_ok=True)
+                arguments.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
     return 0
 
 
@@ -184,6 +183,8 @@ def bench_shape(
     tail_flops = 4.0 * tokens * mk + 2.0 * tokens * head_dim
     for name, both in in_turns.items():
         add(name, both, 4.0 * tokens * (DENSITY * seq_len + (mk if "whole" in name else 0)))
+    if arguments.whole:
+        return rows
     pools = pool_for_tail(key, value, mask)
     add("pool key only (mean, for the selection)", lambda: pool_blocks(key, kv_block_size), gigabytes=2 * tokens / 1e9)
     add("pool_for_tail", lambda: pool_for_tail(key, value, mask), gigabytes=4 * tokens / 1e9)

@@ -82,6 +82,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace | None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--backends", help="comma-separated; default: triton,hopper on cuda, reference,sdpa on cpu")
     parser.add_argument("--kind", choices=("all", "uniform", "variable"), default="all", help="of block sizes")
+    parser.add_argument("--dtypes", help="run only the cases of these, as bfloat16,float32; default all")
     parser.add_argument("--max-tokens", type=int, help="longest sequence; default 1500 on cuda, 200 on cpu")
     parser.add_argument("--combinations", type=int, default=40, help="size of the pool (default 40)")
     parser.add_argument("--large", action="store_true", help="also strides that lead beyond int32; 5 GB a worker")
@@ -158,7 +159,11 @@ class Soak:
 
     def run(self) -> None:
         arguments, started = self.arguments, time.monotonic()
+        wanted = arguments.dtypes.split(",") if arguments.dtypes else None
         for index in self.indices():
+            dtype = self.pool[number_of_combination(arguments, self.pool, index)].dtype
+            if wanted and str(dtype).removeprefix("torch.") not in wanted:
+                continue
             self.seconds = time.monotonic() - started
             if self.seconds > arguments.seconds and arguments.index is None or self.stopped:
                 break
@@ -249,6 +254,7 @@ def run_workers(arguments: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     command = [sys.executable, str(Path(__file__).resolve()), *command_line(arguments).split()[2:]]
     command += ["--seed", str(arguments.seed), "--cases", str(arguments.cases), "--seconds", str(arguments.seconds)]
+    command += ["--dtypes", arguments.dtypes] if arguments.dtypes else []
     reports, lost = [], []
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / f"{i}.json" for i in range(arguments.workers)]
