@@ -1,4 +1,4 @@
-"""The specification of block_sparse_attention in plain torch: any device, any case, differentiable.
+"""The specification of block_sparse_attention in plain torch: any device with fp64, any case, differentiable.
 
 Blocks of variable size are computed in tiles of q_block_size x kv_block_size, those of uniform size as they are.
 
@@ -21,7 +21,7 @@ from .autograd import differentiable
 from .tiles import own_tiles, tile_lists, unpacked
 
 CHUNK_ELEMENTS = 1 << 23
-"""Scores plus gathered keys held at a time; 32 MiB in fp32."""
+"""Scores plus gathered keys held at a time: 32 MiB in fp32, half as many where their products are summed in fp64."""
 
 
 def reference(
@@ -49,7 +49,8 @@ def reference(
 
     Returns:
         Output `[batch, seq_len_q, num_heads, head_dim]` in the dtype of `query`, and the natural-log LSE
-        `[batch, num_heads, seq_len_q]`, fp64 when `query` is fp64, else fp32. Sums are kept in the dtype of the LSE.
+        `[batch, num_heads, seq_len_q]`, fp64 when `query` is fp64, else fp32. Sums are kept in the dtype of the LSE,
+        for fp32 inputs those of the logits and of the weighted values in fp64.
         Rows without any block give 0 and -inf. Both are differentiable once in query, key and value.
     """
     forward = partial(_forward, skip_threshold=skip_threshold)
@@ -78,7 +79,7 @@ def _forward(
         weights = torch.exp(scores - peak)
         mass = weights.sum(-1, keepdim=True)
         lse[:, :, start:stop] = (peak + torch.log(mass)).squeeze(-1)
-        out[:, :, start:stop] = weights @ values / torch.where(mass == 0, 1.0, mass)
+        out[:, :, start:stop] = blocks.product(weights, values) / torch.where(mass == 0, 1.0, mass)
     out = blocks.by_token(out).transpose(1, 2).to(query.dtype)
     return out, blocks.by_token(lse.unsqueeze(-1)).squeeze(-1).contiguous()
 
@@ -171,6 +172,10 @@ class _Blocks:
         key_bias: Tensor | None,
     ) -> None:
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        # The error budget is the error of eager attention, which over few rows can by chance be several times smaller
+        # than that of the same fp32 sums in another order. So for fp32 the products are summed in fp64 and rounded once.
+        # Eager attention in fp16 and bf16 is so much less exact that fp32 sums do.
+        self.product_dtype = dtype if query.dtype.itemsize == 2 else torch.float64
         self.mask, self.scale = block_mask, scale
         self.cut()
         self.query = self.by_q_block(query.transpose(1, 2).to(dtype))
@@ -214,13 +219,18 @@ class _Blocks:
             while stop < num_q_blocks:
                 wider = max(width, widths[stop])
                 rows = batch * num_heads * (stop + 1 - start)
-                if rows * wider * self.mask.kv_block_size * (q_block_size + 2 * head_dim) > CHUNK_ELEMENTS:
+                elements = rows * wider * self.mask.kv_block_size * (q_block_size + 2 * head_dim)
+                if elements * self.product_dtype.itemsize > CHUNK_ELEMENTS * torch.float32.itemsize:
                     break
                 width, stop = wider, stop + 1
             if width:
                 result.append((start, stop, width))
             start = stop
         return result
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """Matrix product summed in `product_dtype`, rounded to the dtype of `a`."""
+        return (a.to(self.product_dtype) @ b.to(self.product_dtype)).to(a.dtype)
 
     def rows(self, num_batches: int, num_heads: int, start: int, stop: int, width: int) -> Tensor:
         """Positions of the listed blocks in a `[num_batches, num_heads, num_kv_blocks]` array, flattened:
@@ -253,7 +263,7 @@ class _Blocks:
         bias = self.bias.flatten(0, 2)[bias_rows]
         listed = torch.arange(width, device=keys.device) < self.counts[:, :, start:stop, None]
         bias = torch.where(listed.unsqueeze(-1), bias, -torch.inf).flatten(3)
-        scores = self.query[:, :, start:stop] @ keys.transpose(-1, -2) * self.scale + bias.unsqueeze(3)
+        scores = self.product(self.query[:, :, start:stop], keys.transpose(-1, -2)) * self.scale + bias.unsqueeze(3)
         return scores, keys, rows
 
     def scatter_add(self, target: Tensor, rows: Tensor, update: Tensor) -> None:
@@ -336,7 +346,7 @@ class _Tiles(_Blocks):
         _, inside = self.columns(start, stop, width)
         bias = self.bias.flatten()[self.rows(self.bias.shape[0], self.bias.shape[1], start, stop, width)]
         bias = torch.where(inside, bias, -torch.inf)
-        scores = self.query[:, :, start:stop] @ keys.transpose(-1, -2) * self.scale + bias.unsqueeze(3)
+        scores = self.product(self.query[:, :, start:stop], keys.transpose(-1, -2)) * self.scale + bias.unsqueeze(3)
         return scores, keys, rows
 
     def scatter_add(self, target: Tensor, rows: Tensor, update: Tensor) -> None:
