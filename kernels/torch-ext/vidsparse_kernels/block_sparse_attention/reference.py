@@ -1,4 +1,4 @@
-"""The specification of block_sparse_attention in plain torch: any device with fp64, any case, differentiable.
+"""The specification of block_sparse_attention in plain torch: any device, any case, differentiable.
 
 Blocks of variable size are computed in tiles of q_block_size x kv_block_size, those of uniform size as they are.
 
@@ -50,7 +50,7 @@ def reference(
     Returns:
         Output `[batch, seq_len_q, num_heads, head_dim]` in the dtype of `query`, and the natural-log LSE
         `[batch, num_heads, seq_len_q]`, fp64 when `query` is fp64, else fp32. Sums are kept in the dtype of the LSE,
-        for fp32 inputs those of the logits and of the weighted values in fp64.
+        those of matrix products of fp32 inputs in fp64 where the device has it.
         Rows without any block give 0 and -inf. Both are differentiable once in query, key and value.
     """
     forward = partial(_forward, skip_threshold=skip_threshold)
@@ -100,15 +100,13 @@ def _gradients(
     """Gradients of query, key and value, in their dtypes and shapes."""
     blocks = _blocks(query, key, value, block_mask, scale, key_bias)
     dtype = blocks.query.dtype
-    delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1).transpose(1, 2)
     # Rows without keys have lse -inf: no weight, and whatever arrives through them is dropped.
-    empty = lse == -torch.inf
-    shift = torch.where(empty, 0.0, -delta if grad_lse is None else grad_lse.to(dtype) - delta)
-    grad_out_blocks, lse_blocks, shift_blocks = (
-        blocks.by_q_block(grad_out.to(dtype).transpose(1, 2)),
-        blocks.by_q_block(torch.where(empty, torch.inf, lse).unsqueeze(-1), padding=torch.inf),
-        blocks.by_q_block(shift.unsqueeze(-1)),
-    )
+    empty = (lse == -torch.inf).unsqueeze(-1)
+    grad_out_blocks = blocks.by_q_block(grad_out.to(dtype).transpose(1, 2))
+    lse_blocks = blocks.by_q_block(torch.where(empty, torch.inf, lse.unsqueeze(-1)), padding=torch.inf)
+    grad_lse_blocks = None
+    if grad_lse is not None:
+        grad_lse_blocks = blocks.by_q_block(torch.where(empty, 0.0, grad_lse.to(dtype).unsqueeze(-1)))
     grad_query = torch.zeros_like(blocks.query)
     grad_key, grad_value = torch.zeros_like(blocks.key), torch.zeros_like(blocks.value)
     for start, stop, width in blocks.chunks():
@@ -119,11 +117,17 @@ def _gradients(
         # The LSE was rounded, which tilts a whole row: it has to add up to 1.
         mass = weights.sum(-1, keepdim=True)
         weights = weights / torch.where(mass == 0, 1.0, mass)
-        grad_scores = weights * (grad_o @ values.transpose(-1, -2) + shift_blocks[:, :, start:stop]) * scale
-        grad_query[:, :, start:stop] = grad_scores @ keys
-        q = blocks.query[:, :, start:stop]
-        blocks.scatter_add(grad_key, rows, grad_scores.transpose(-1, -2) @ q)
-        blocks.scatter_add(grad_value, rows, weights.transpose(-1, -2) @ grad_o)
+        grad_weights = blocks.product(grad_o, values.transpose(-1, -2))
+        # What goes through the sum of a row, from the same numbers that it is taken from: dO . O would not cancel to the bit.
+        grad_mass = (weights * grad_weights).sum(-1, keepdim=True)
+        if grad_lse_blocks is not None:
+            grad_mass = grad_mass - grad_lse_blocks[:, :, start:stop]
+        grad_scores = weights * (grad_weights - grad_mass) * scale
+        grad_query[:, :, start:stop] = blocks.product(grad_scores, keys)
+        blocks.scatter_add(
+            grad_key, rows, blocks.product(grad_scores.transpose(-1, -2), blocks.query[:, :, start:stop])
+        )
+        blocks.scatter_add(grad_value, rows, blocks.product(weights.transpose(-1, -2), grad_o))
     grad_query = blocks.by_token(grad_query).transpose(1, 2).to(query.dtype)
     grad_key, grad_value = (
         g.flatten(2, 3)[:, :, : key.shape[1]].transpose(1, 2).to(key.dtype) for g in (grad_key, grad_value)
@@ -175,7 +179,8 @@ class _Blocks:
         # The error budget is the error of eager attention, which over few rows can by chance be several times smaller
         # than that of the same fp32 sums in another order. So for fp32 the products are summed in fp64 and rounded once.
         # Eager attention in fp16 and bf16 is so much less exact that fp32 sums do.
-        self.product_dtype = dtype if query.dtype.itemsize == 2 else torch.float64
+        in_fp64 = query.dtype.itemsize > 2 and query.device.type != "mps"
+        self.product_dtype = torch.float64 if in_fp64 else dtype
         self.mask, self.scale = block_mask, scale
         self.cut()
         self.query = self.by_q_block(query.transpose(1, 2).to(dtype))
