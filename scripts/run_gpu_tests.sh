@@ -40,7 +40,11 @@ run_tests() {
     # Only files with GPU tests are collected, so that what the others import need not be installed here.
     mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests)
     if "$python" -c "import xdist" 2>/dev/null; then
-        workers=(-n "$(nproc)")
+        # The largest tests hold some 20 GB; processes beyond what fits would fail for want of memory.
+        workers=(-n "$("$python" -c "
+import os, torch
+memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+print(max(1, min(os.cpu_count(), memory // 18_000_000_000)))")")
     fi
     "$python" -m pytest -m gpu "${files[@]}" "${workers[@]}" -p no:cacheprovider -q --junitxml="$outdir/gpu_tests.xml" || status=$?
     "$python" - "$outdir" "$status" <<'PY'
