@@ -370,10 +370,11 @@ def run_case(name: str, case: Case, arguments: argparse.Namespace, deadline: flo
                 ours[compiled] = total
             against = stock.get((gpus, compiled))
             mask = mask_seconds.get(label, 0.0)
+            # Methods that cluster start anew in a first step.
             clusters = recipe is not None and hasattr(recipe.config, "first_iterations")
             if clusters:
-                # A mask serves all layers and branches; each clusters for itself.
-                mask *= BRANCHES * sum(case.repeats.values())
+                # A mask serves all layers and branches; each clusters for itself. One block of each kind was timed.
+                mask *= BRANCHES * sum(case.repeats.values()) / len(case.repeats)
             whole = {}
             if method is not None and label != OUR_DENSE and against:
                 whole = {

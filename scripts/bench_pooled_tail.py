@@ -6,8 +6,10 @@ Checks the kernels against float64 first and prints no speed if that fails. Time
 L2. First the whole in turns, so that a GPU that grows hot slows all alike: the listed blocks alone, the tail after them
 ("separate"), and both in one kernel, pools and bias counted; and whole calls of the methods with and without the tail,
 selection counted, whose difference is what the tail adds. Then the parts. `share` is the time over that of
-`block_sparse_attention` with its LSE at the same shape, of the whole in the same round. `--quick`: 75,600 tokens of 12 heads, no other shape; `--whole`:
-no parts; the file is written after each shape; `--sweep` also times other tile shapes of the tail kernel, each checked against the default one.
+`block_sparse_attention` with its LSE at the same shape, of the whole in the same round. The file is written after each shape.
+
+`--quick`: 75,600 tokens of 12 heads, no other shape; `--whole`: no parts; `--sweep`: also other tile shapes of the tail
+kernel, each checked against the default one.
 """
 
 from __future__ import annotations

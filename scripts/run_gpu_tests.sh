@@ -44,7 +44,7 @@ run_tests() {
         workers=(-n "$("$python" -c "
 import os, torch
 memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
-print(max(1, min(os.cpu_count(), memory // 18_000_000_000)))")")
+print(max(1, min(len(os.sched_getaffinity(0)), memory // 20_000_000_000)))")")
     fi
     "$python" -m pytest -m gpu "${files[@]}" "${workers[@]}" -p no:cacheprovider -q --junitxml="$outdir/gpu_tests.xml" || status=$?
     "$python" - "$outdir" "$status" <<'PY'

@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         "commit": os.environ.get("VIDSPARSE_COMMIT", "unknown"),
         "command": command_line(arguments),
         "workers": arguments.workers,
+        "dtypes": arguments.dtypes,
         **result,
     }
     if arguments.output:
@@ -115,6 +116,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace | None:
             problem = f'--case must be SEED:INDEX, got "{arguments.case}"'
         else:
             arguments.seed, arguments.index = int(seed), int(index)
+    for name in arguments.dtypes.split(",") if arguments.dtypes else ():
+        if name not in ("bfloat16", "float16", "float32"):
+            problem = f'--dtypes must name some of bfloat16, float16, float32, got "{name}"'
     if problem:
         print(problem, file=sys.stderr)
         return None

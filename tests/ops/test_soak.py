@@ -159,8 +159,8 @@ def test_a_worker_that_dies_is_a_failure(soak, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "options",
-    [["--backends", "cuddn"], ["--case", "7"], ["--large"], ["--workers", "-1"]],
-    ids=["backend", "case", "large", "workers"],
+    [["--backends", "cuddn"], ["--case", "7"], ["--large"], ["--workers", "-1"], ["--dtypes", "bf16"]],
+    ids=["backend", "case", "large", "workers", "dtypes"],
 )
 def test_wrong_arguments_exit_with_2(soak, capsys, options):
     assert soak.main([*OPTIONS, *options]) == 2

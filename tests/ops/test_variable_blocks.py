@@ -126,7 +126,7 @@ def test_chunks_do_not_change_the_result(monkeypatch):
     q, k, v = make_qkv(seq_len_q=300, dtype=torch.float64)
     mask = make_variable_block_mask(seq_len_q=300, num_q_blocks=9, num_kv_blocks=30, offsets_heads=2)
     whole = block_sparse_attention(q, k, v, mask, backend="reference")
-    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(reference, "CPU_CHUNK_ELEMENTS", 1)
     assert_exact(block_sparse_attention(q, k, v, mask, backend="reference"), whole)
 
 

@@ -285,7 +285,7 @@ def _attend(
                     logits, b_smem.index(stage), of_means, i == 0, last_start, seq_len_kv, qk_scale_log2,
                     BLOCK_N, RAGGED_KV,
                 )  # fmt: skip
-                # Before the barrier: a warp that came here late would find the values of two tiles on.
+                # Before the barrier: a warp that came here after the stage was filled again would wait for the fill after that.
                 mbarrier.wait(v_full.index(stage), phase)
                 warpgroup_barrier()
                 mbarrier.arrive(k_empty.index(stage), count=1)
