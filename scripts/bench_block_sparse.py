@@ -7,7 +7,9 @@ Checks every backend against float64 first and prints no speed if that fails. A 
 mask; its kernels are timed in turns, with cuDNN's dense kernel and a large matrix product among them, because a GPU
 that grows warm slows down. So every line also says how much of the matrix product's rate it reaches (the roofline: all
 of this is bound by arithmetic) and of dense cuDNN's. As power is the limit, each kernel is timed a second time `rested`:
-single calls with a pause before each, the clocks that it has after work that draws less. Sections come in the order of their importance, the file is
+single calls with a pause before each, at the clocks that follow work that draws less.
+
+Sections come in the order of their importance, the file is
 written after each, and what `--seconds` leaves no time for is listed there.
 
 Random masks list the same number of blocks per row and head, so nothing is gained from locality; radial ones are those

@@ -51,7 +51,7 @@ TAIL_OVERHEAD = 2.7
 
 TAIL_FACTOR = 1.3
 """The tail over uniform blocks, with it over without, at a density of 0.15 and in key blocks of 64: whole
-calls in one kernel 1.13 to 1.16, attention in two steps 1.29 to 1.38 (`2026-12-01-h200-pooled-tail-calls.json`). The tail costs the
+calls in one kernel 1.14 to 1.15, attention in two steps 1.29 to 1.38 (`2026-12-01-h200-pooled-tail-calls.json`). The tail costs the
 same at any density, so this is too much where more is computed."""
 
 LINEAR_TOKENS = 1250.0

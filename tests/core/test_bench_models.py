@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -13,18 +12,12 @@ import torch
 
 import vidsparse
 
-SCRIPT = Path(__file__).parents[2] / "scripts/bench_models.py"
 METHODS = "pisa:density=0.5,vidsparse:density=0.5,vidsparse:density=0.5:refresh_every=2,radial:warmup_steps=1000"
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_models", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("bench_models")
 
 
 def test_rows_of_given_methods(script: ModuleType, tmp_path: Path) -> None:

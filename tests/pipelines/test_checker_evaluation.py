@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from types import ModuleType
@@ -23,18 +22,12 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from vidsparse_pipelines.clips import vocabulary
 from vidsparse_pipelines.clips.checker import Checker, CheckerConfig, save_checker, validate_checker
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate_tiny_model.py"
 HEIGHT, WIDTH, FRAMES = 32, 48, 9
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("evaluate_tiny_model", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("evaluate_tiny_model")
 
 
 @pytest.fixture(scope="module")
